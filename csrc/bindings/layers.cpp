@@ -1,0 +1,196 @@
+// The readable loop's calls: one layer, one loss, one update at a time.
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "arrays.h"
+#include "module.h"
+
+#include "../dispatch/dispatch.h"
+#include "../engine/linear.h"
+
+namespace gdlib::bindings {
+namespace {
+
+template <class T>
+struct Layer {
+  const T* weight;
+  const T* bias;
+  std::size_t in_features;
+  std::size_t out_features;
+};
+
+template <class T>
+Layer<T> read_layer(py::handle weight, py::handle bias) {
+  const py::array array = as_array(weight, "weight");
+  const Flat<const T> flat = read_flat<T>(weight, "weight");
+  if (array.ndim() != 2) throw py::value_error("weight must have 2 dimensions.");
+  Layer<T> layer{flat.data, nullptr, static_cast<std::size_t>(array.shape(1)), static_cast<std::size_t>(array.shape(0))};
+  if (!bias.is_none()) {
+    const Flat<const T> values = read_flat<T>(bias, "bias");
+    require_size(values.size, layer.out_features, "bias");
+    layer.bias = values.data;
+  }
+  return layer;
+}
+
+Array forward(const Array& x, const Array& weight, const OptionalArray& bias, const OptionalArray& out) {
+  return with_dtype(weight, "weight", [&](auto zero) -> Array {
+    using T = decltype(zero);
+    const Layer<T> layer = read_layer<T>(weight, bias);
+    const Rows<T> rows = read_rows<T>(x, "x");
+    require_size(rows.cols, layer.in_features, "a row of x");
+    Array result = py::reinterpret_borrow<Array>(out);
+    if (out.is_none())
+      result = py::array_t<T>({static_cast<py::ssize_t>(rows.rows), static_cast<py::ssize_t>(layer.out_features)});
+    const Flat<T> y = write_flat<T>(result, "out");
+    require_shape(result, rows.rows, layer.out_features, "out");
+    bool finite;
+    {
+      const WithoutGil released;
+      linear_forward<T>(rows.rows, layer.in_features, layer.out_features, rows.data, rows.stride, layer.weight, layer.bias, y.data);
+      finite = table<T>().all_finite(y.size, y.data);
+    }
+    if (!finite) {
+      PyErr_SetString(PyExc_FloatingPointError, "the output is not finite.");
+      throw py::error_already_set();
+    }
+    return result;
+  });
+}
+
+void backward(const Array& g, const Array& x, const Array& weight, const Array& weight_gradient, const OptionalArray& bias_gradient,
+              const OptionalArray& input_gradient) {
+  with_dtype(weight, "weight", [&](auto zero) {
+    using T = decltype(zero);
+    const Layer<T> layer = read_layer<T>(weight, py::none());
+    const Rows<T> rows = read_rows<T>(x, "x");
+    require_size(rows.cols, layer.in_features, "a row of x");
+    const Flat<const T> output = read_flat<T>(g, "the gradient");
+    require_shape(g, rows.rows, layer.out_features, "the gradient");
+    const Flat<T> weights = write_flat<T>(weight_gradient, "weight.grad");
+    require_size(weights.size, layer.in_features * layer.out_features, "weight.grad");
+    T* bias = nullptr;
+    if (!bias_gradient.is_none()) {
+      const Flat<T> flat = write_flat<T>(bias_gradient, "bias.grad");
+      require_size(flat.size, layer.out_features, "bias.grad");
+      bias = flat.data;
+    }
+    T* input = nullptr;
+    if (!input_gradient.is_none()) {
+      input = write_flat<T>(input_gradient, "input_gradient").data;
+      require_shape(input_gradient, rows.rows, layer.in_features, "input_gradient");
+    }
+    const WithoutGil released;
+    linear_backward<T>(rows.rows, layer.in_features, layer.out_features, output.data, rows.data, rows.stride, layer.weight, weights.data,
+                       bias, input);
+  });
+}
+
+double squared_error_sum(const Array& output, const Array& target) {
+  return with_dtype(output, "output", [&](auto zero) {
+    using T = decltype(zero);
+    const Flat<const T> o = read_flat<T>(output, "output"), t = read_flat<T>(target, "target");
+    require_size(t.size, o.size, "target");
+    if (o.size == 0) throw py::value_error("output is empty.");
+    const WithoutGil released;
+    return table<T>().squared_error_sum(o.size, o.data, t.data);
+  });
+}
+
+// The terms, or scale times the gradient: an elementwise result of output's shape.
+template <class Kernel>
+Array elementwise(const Array& output, const Array& target, Kernel kernel) {
+  return with_dtype(output, "output", [&](auto zero) -> Array {
+    using T = decltype(zero);
+    const Flat<const T> o = read_flat<T>(output, "output"), t = read_flat<T>(target, "target");
+    require_size(t.size, o.size, "target");
+    const py::array shape = as_array(output, "output");
+    py::array_t<T> result(std::vector<py::ssize_t>(shape.shape(), shape.shape() + shape.ndim()));
+    T* const data = result.mutable_data();
+    {
+      const WithoutGil released;
+      kernel(o.size, o.data, t.data, data);
+    }
+    return result;
+  });
+}
+
+void sgd_update(const Array& parameter, const Array& gradient, const OptionalArray& momentum_buffer, double lr, double momentum, double dampening,
+                double weight_decay, bool nesterov, bool maximize, bool first_step) {
+  with_dtype(parameter, "parameter", [&](auto zero) {
+    using T = decltype(zero);
+    const Flat<T> p = write_flat<T>(parameter, "parameter");
+    const Flat<const T> g = read_flat<T>(gradient, "gradient");
+    require_size(g.size, p.size, "gradient");
+    T* buffer = nullptr;
+    if (!momentum_buffer.is_none()) {
+      const Flat<T> flat = write_flat<T>(momentum_buffer, "momentum_buffer");
+      require_size(flat.size, p.size, "momentum_buffer");
+      buffer = flat.data;
+    }
+    const SgdOptions<T> options{static_cast<T>(lr),           static_cast<T>(momentum), static_cast<T>(dampening),
+                                static_cast<T>(weight_decay), nesterov,                 maximize};
+    const WithoutGil released;
+    table<T>().sgd_update(p.size, options, T(1), first_step, g.data, p.data, buffer);
+  });
+}
+
+bool all_finite(const Array& x) {
+  return with_dtype(x, "x", [&](auto zero) {
+    using T = decltype(zero);
+    const Flat<const T> flat = read_flat<T>(x, "x");
+    const WithoutGil released;
+    return table<T>().all_finite(flat.size, flat.data);
+  });
+}
+
+void average(const Array& sources, const Array& mean) {
+  with_dtype(mean, "mean", [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> rows = read_rows<T>(sources, "sources");
+    const Flat<T> out = write_flat<T>(mean, "mean");
+    require_size(out.size, rows.cols, "mean");
+    if (rows.rows == 0) throw py::value_error("sources has no rows; at least 1 is wanted.");
+    std::vector<const T*> starts(rows.rows);
+    for (std::size_t k = 0; k < rows.rows; ++k) starts[k] = rows.data + k * rows.stride;
+    const WithoutGil released;
+    table<T>().average(out.size, rows.rows, starts.data(), out.data);
+  });
+}
+
+}  // namespace
+
+void define_layers(py::module_& m) {
+  m.def("linear_forward", forward, "y[rows, out] = x weight^T + bias, into `out` when one is given.", py::arg("x"), py::arg("weight"),
+        py::arg("bias"), py::arg("out") = py::none());
+  m.def("linear_backward", backward,
+        "weight_gradient += g^T x, bias_gradient += column sums of g, input_gradient = g weight, in place.",
+        py::arg("g"), py::arg("x"), py::arg("weight"), py::arg("weight_gradient"), py::arg("bias_gradient"), py::arg("input_gradient"));
+  m.def("squared_error_sum", squared_error_sum, "sum of (output - target)^2, carried in double.", py::arg("output"), py::arg("target"));
+  m.def(
+      "squared_error_terms",
+      [](const Array& output, const Array& target) {
+        return elementwise(output, target, [](std::size_t n, const auto* o, const auto* t, auto* result) {
+          table<std::remove_reference_t<decltype(*result)>>().squared_error_terms(n, o, t, result);
+        });
+      },
+      "(output - target)^2, element by element.", py::arg("output"), py::arg("target"));
+  m.def(
+      "squared_error_gradient",
+      [](const Array& output, const Array& target, double scale) {
+        return elementwise(output, target, [scale](std::size_t n, const auto* o, const auto* t, auto* result) {
+          using T = std::remove_reference_t<decltype(*result)>;
+          table<T>().squared_error_gradient(n, o, t, static_cast<T>(scale), result);
+        });
+      },
+      "scale * 2 (output - target).", py::arg("output"), py::arg("target"), py::arg("scale"));
+  m.def("sgd_update", sgd_update, "PyTorch's SGD step on flat vectors, in place.", py::arg("parameter"), py::arg("gradient"),
+        py::arg("momentum_buffer"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"),
+        py::arg("nesterov"), py::arg("maximize"), py::arg("first_step"));
+  m.def("all_finite", all_finite, "True when no element is NaN or infinite.", py::arg("x"));
+  m.def("average", average, "mean[n] = the mean of the rows of sources[count, n], added in order, in place.", py::arg("sources"),
+        py::arg("mean"));
+}
+
+}  // namespace gdlib::bindings

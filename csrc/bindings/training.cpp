@@ -1,0 +1,204 @@
+// Whole rounds of training, the orders that they follow, and what is estimated from the data before one.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <pybind11/stl.h>
+#include <pybind11/typing.h>
+
+#include "../engine/linear.h"
+#include "../engine/random.h"
+#include "../engine/training.h"
+#include "arrays.h"
+#include "module.h"
+
+namespace gdlib::bindings {
+namespace {
+
+using Progress = std::optional<py::typing::Callable<py::object()>>;
+
+// Runs `body(interrupt)` without the GIL. Every 50 ms the GIL is taken back for Python's signal handlers and `progress()`; what they raise
+// ends the computation and is raised here.
+template <class Body>
+auto interruptible(const Progress& progress, Body body) {
+  const WithoutGil released;
+  bool failed = false;
+  Interrupt interrupt([&] {
+    const py::gil_scoped_acquire acquired;
+    if (PyErr_CheckSignals() != 0) {
+      failed = true;
+    } else if (progress) {
+      PyObject* const result = PyObject_CallNoArgs((*progress).ptr());
+      failed = result == nullptr;
+      Py_XDECREF(result);
+    }
+    return failed;  // the Python error stays set on this thread until the GIL is back
+  });
+  const auto result = body(interrupt);
+  return std::make_pair(result, failed);
+}
+
+// (begin, end, lr, momentum, dampening, weight_decay, nesterov, maximize, first_step)
+using RangeTuple = std::tuple<std::size_t, std::size_t, double, double, double, double, bool, bool, bool>;
+
+// Returns (stop, steps_done, first_loss).
+std::tuple<const char*, std::uint64_t, double> train(const Array& x, const Array& target, const Array& parameters, const OptionalArray& momentum,
+                                                     bool has_bias, const std::vector<RangeTuple>& ranges, std::size_t batch_size,
+                                                     const OptionalArray& epoch_seeds, std::uint64_t first_step, std::uint64_t last_step,
+                                                     bool mean, double loss_limit, const Array& losses, const Progress& progress) {
+  return with_dtype(x, "x", [&](auto zero) -> std::tuple<const char*, std::uint64_t, double> {
+    using T = decltype(zero);
+    const Rows<T> rows = read_rows<T>(x, "x");
+    const Flat<const T> y = read_flat<T>(target, "y");
+    const Flat<T> p = write_flat<T>(parameters, "the parameters");
+    const Flat<double> loss = write_flat<double>(losses, "losses");
+    if (rows.rows == 0 || batch_size == 0 || y.size == 0 || y.size % rows.rows)
+      throw py::value_error("x, y and batch_size do not fit together.");
+
+    Round<T> round{};
+    round.shape = {rows.cols, y.size / rows.rows, has_bias};
+    require_size(p.size, round.shape.parameters(), "the parameters");
+    round.x = rows.data;
+    round.x_stride = rows.stride;
+    round.target = y.data;
+    round.rows = rows.rows;
+    round.batch_size = std::min(batch_size, rows.rows);
+    const std::uint64_t steps_per_epoch = (round.rows + round.batch_size - 1) / round.batch_size;
+    round.first_step = first_step;
+    round.last_step = last_step;
+    if (first_step > last_step || last_step > steps_per_epoch * loss.size)
+      throw py::value_error("the steps do not lie inside the epochs of losses.");
+    if (!epoch_seeds.is_none()) {
+      const Flat<const std::uint64_t> seeds = read_flat<std::uint64_t>(epoch_seeds, "epoch_seeds");
+      require_size(seeds.size, loss.size, "epoch_seeds");
+      if (rows.rows > UINT32_MAX) throw py::value_error("more than 4,294,967,295 rows cannot be shuffled.");
+      round.epoch_seeds = seeds.data;
+    }
+    round.mean = mean;
+    round.loss_limit = loss_limit;
+    round.parameters = p.data;
+    round.losses = loss.data;
+    for (const auto& [begin, end, lr, decay, dampening, weight_decay, nesterov, maximize, first] : ranges) {
+      if (begin > end || end > p.size) throw py::value_error("a range of parameters does not lie inside the parameters.");
+      const SgdOptions<T> options{static_cast<T>(lr),           static_cast<T>(decay), static_cast<T>(dampening),
+                                  static_cast<T>(weight_decay), nesterov,              maximize};
+      round.ranges.push_back({begin, end, options, decay != 0.0, first});
+      if (decay != 0.0 && momentum.is_none()) throw py::value_error("momentum needs a buffer.");
+    }
+    if (!momentum.is_none()) {
+      const Flat<T> buffer = write_flat<T>(momentum, "the momentum buffer");
+      require_size(buffer.size, p.size, "the momentum buffer");
+      round.momentum = buffer.data;
+    }
+    AlignedVector<T> gradient(p.size);
+    round.gradient = gradient.data();
+
+    const auto [result, failed] =
+        interruptible(progress, [&](Interrupt& interrupt) { return train_round(round, interrupt, [](std::uint64_t) {}); });
+    if (failed) throw py::error_already_set();
+    switch (result.stop) {
+      case Stop::non_finite:
+        return {"non_finite", result.steps_done, result.first_loss};
+      case Stop::above_limit:
+        return {"above_limit", result.steps_done, result.first_loss};
+      default:
+        return {"finished", result.steps_done, result.first_loss};
+    }
+  });
+}
+
+double squared_error(const Array& x, const Array& target, const Array& parameters, bool has_bias) {
+  return with_dtype(x, "x", [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> rows = read_rows<T>(x, "x");
+    const Flat<const T> y = read_flat<T>(target, "y"), p = read_flat<T>(parameters, "the parameters");
+    if (rows.rows == 0 || y.size % rows.rows) throw py::value_error("x and y do not fit together.");
+    const LinearShape shape{rows.cols, y.size / rows.rows, has_bias};
+    require_size(p.size, shape.parameters(), "the parameters");
+    AlignedVector<T> gradient(p.size);
+    const Batch<T> batch{rows.data, rows.stride, y.data, nullptr, rows.rows, 0};
+    const auto [sum, failed] = interruptible(std::nullopt, [&](Interrupt& interrupt) {
+      return linear_squared_error_gradient(shape, batch, p.data, gradient.data(), interrupt);
+    });
+    if (failed) throw py::error_already_set();
+    return sum;
+  });
+}
+
+double hessian_eigenvalue(const Array& x, bool has_bias) {
+  return with_dtype(x, "x", [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> rows = read_rows<T>(x, "x");
+    const auto [value, failed] = interruptible(std::nullopt, [&](Interrupt& interrupt) {
+      return linear_hessian_eigenvalue<T>(rows.rows, rows.cols, rows.data, rows.stride, has_bias, interrupt);
+    });
+    if (failed) throw py::error_already_set();
+    return value;
+  });
+}
+
+Array order_of(std::uint64_t seed, std::uint32_t rows) {
+  AlignedVector<std::uint32_t> order;
+  {
+    const WithoutGil released;
+    shuffle_order(seed, rows, order);
+  }
+  return py::array_t<std::uint32_t>(static_cast<py::ssize_t>(rows), order.data());
+}
+
+// A new array of the rows array[order[begin]], ..., array[order[end - 1]]; any dtype without Python objects.
+Array take_rows(const Array& source, const Array& order, std::size_t begin, std::size_t end) {
+  const py::array array = as_array(source, "the array");
+  const Flat<const std::uint32_t> index = read_flat<std::uint32_t>(order, "order");
+  if (array.ndim() < 1 || !(array.flags() & py::array::c_style) || array.dtype().kind() == 'O')
+    throw py::value_error("the array must be C-contiguous, with one dimension or more, and hold no Python objects.");
+  if (begin > end || end > index.size) throw py::value_error("the range does not lie inside the order.");
+  const auto rows = static_cast<std::size_t>(array.shape(0));
+  for (std::size_t i = begin; i < end; ++i)
+    if (index.data[i] >= rows) throw py::index_error("order names a row that the array does not have.");
+  std::vector<py::ssize_t> shape(array.shape(), array.shape() + array.ndim());
+  shape[0] = static_cast<py::ssize_t>(end - begin);
+  py::array result(array.dtype(), shape);
+  const std::size_t row_bytes = rows ? static_cast<std::size_t>(array.nbytes()) / rows : 0;
+  const char* const from = static_cast<const char*>(array.data());
+  char* const to = static_cast<char*>(result.mutable_data());
+  {
+    const WithoutGil released;
+    for (std::size_t i = begin; i < end; ++i) std::memcpy(to + (i - begin) * row_bytes, from + index.data[i] * row_bytes, row_bytes);
+  }
+  return result;
+}
+
+void uniform(std::uint64_t seed, double bound, const Array& out) {
+  with_dtype(out, "out", [&](auto zero) {
+    using T = decltype(zero);
+    const Flat<T> flat = write_flat<T>(out, "out");
+    const WithoutGil released;
+    fill_uniform(seed, bound, flat.size, flat.data);
+  });
+}
+
+}  // namespace
+
+void define_training(py::module_& m) {
+  m.def("train", train,
+        "Advances the parameters from first_step to last_step in one call; returns (stop, steps_done, first_loss), where stop is "
+        "'finished', 'non_finite' or 'above_limit'.",
+        py::arg("x"), py::arg("target"), py::arg("parameters"), py::arg("momentum"), py::arg("has_bias"), py::arg("ranges"),
+        py::arg("batch_size"), py::arg("epoch_seeds"), py::arg("first_step"), py::arg("last_step"), py::arg("mean"),
+        py::arg("loss_limit"), py::arg("losses"), py::arg("progress") = py::none());
+  m.def("squared_error", squared_error, "The sum of squared errors of a linear model over all rows.", py::arg("x"), py::arg("target"),
+        py::arg("parameters"), py::arg("has_bias"));
+  m.def("hessian_eigenvalue", hessian_eigenvalue, "The largest eigenvalue of 2 [x 1]^T [x 1] (without bias, 2 x^T x).", py::arg("x"),
+        py::arg("has_bias"));
+  m.def("shuffle_order", order_of, "The pseudo-random order of 0 ... rows - 1 that belongs to a seed.", py::arg("seed"), py::arg("rows"));
+  m.def("take_rows", take_rows, "A new array of the rows array[order[begin:end]].", py::arg("array"), py::arg("order"), py::arg("begin"),
+        py::arg("end"));
+  m.def("fill_uniform", uniform, "Fills out with numbers uniform in [-bound, bound), in place.", py::arg("seed"), py::arg("bound"),
+        py::arg("out"));
+}
+
+}  // namespace gdlib::bindings

@@ -1,0 +1,52 @@
+// The linear layer y = x W^T + b: forward, backward, and the one-pass gradient of a squared error that training uses.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "parallel.h"
+
+namespace gdlib {
+
+// y[rows, out] = x[rows, in] weight[out, in]^T + bias[out]; bias may be null. A row's bits do not depend on the other rows.
+template <class T>
+void linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* x, std::size_t x_stride,
+                    const T* weight, const T* bias, T* y);
+
+// weight_gradient += g^T x, bias_gradient += column sums of g (null: skipped), input_gradient = g weight (null: skipped).
+template <class T>
+void linear_backward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x, std::size_t x_stride,
+                     const T* weight, T* weight_gradient, T* bias_gradient, T* input_gradient);
+
+// Rows for one step of training. Row r is at x + (index ? index[r] : r) * x_stride; targets likewise, dense, null for zeros.
+template <class T>
+struct Batch {
+  const T* x;
+  std::size_t x_stride;
+  const T* target;
+  const std::uint32_t* index;
+  std::size_t rows;
+  std::size_t rows_ahead;  // further rows behind these, for prefetching
+};
+
+// A linear layer whose parameters lie in one vector: weight[out, in], then bias[out] if any.
+struct LinearShape {
+  std::size_t in_features;
+  std::size_t out_features;
+  bool has_bias;
+  std::size_t parameters() const { return out_features * (in_features + (has_bias ? 1 : 0)); }
+};
+
+// gradient[parameters] = the gradient of the sum of squared errors over the batch; returns that sum. One pass over x. The result is
+// meaningless once `interrupt` has been requested.
+template <class T>
+double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient,
+                                     Interrupt& interrupt);
+
+// The largest eigenvalue of the Hessian of sum (x w + b - y)^2, that is of 2 [x 1]^T [x 1] (without bias, 2 x^T x), by power iteration:
+// until it changes by less than 1e-4 of itself, 300 passes at most. Approached from below. 0 for a zero matrix, NaN after an interrupt.
+template <class T>
+double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, const T* x, std::size_t x_stride, bool has_bias,
+                                 Interrupt& interrupt);
+
+}  // namespace gdlib

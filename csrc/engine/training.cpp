@@ -1,0 +1,114 @@
+#include "training.h"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "../dispatch/dispatch.h"
+#include "random.h"
+
+namespace gdlib {
+namespace {
+
+// Hands out the batches of an epoch: consecutive rows, or consecutive entries of the epoch's order.
+template <class T>
+class RowSource {
+ public:
+  explicit RowSource(const Round<T>& round) : round_(round) {}
+
+  void begin_epoch(std::uint64_t epoch) {
+    if (!round_.epoch_seeds) return;
+    const std::uint64_t seed = round_.epoch_seeds[epoch];
+    if (seed_ == seed) return;  // the same order again
+    shuffle_order(seed, static_cast<std::uint32_t>(round_.rows), order_);
+    seed_ = seed;
+  }
+
+  Batch<T> batch(std::uint64_t number) const {
+    const std::size_t begin = number * round_.batch_size;
+    const std::size_t rows = std::min(round_.batch_size, round_.rows - begin);
+    Batch<T> batch{round_.x, round_.x_stride, round_.target, nullptr, rows, round_.rows - begin - rows};
+    if (round_.epoch_seeds) {
+      batch.index = order_.data() + begin;
+    } else {
+      batch.x += begin * round_.x_stride;
+      batch.target += begin * round_.shape.out_features;
+    }
+    return batch;
+  }
+
+ private:
+  const Round<T>& round_;
+  std::optional<std::uint64_t> seed_;
+  AlignedVector<std::uint32_t> order_;
+};
+
+template <class T>
+void apply_update(Round<T>& round, T gradient_scale) {
+  for (UpdateRange<T>& range : round.ranges) {
+    table<T>().sgd_update(range.end - range.begin, range.options, gradient_scale, range.first_step, round.gradient + range.begin,
+                          round.parameters + range.begin, range.has_momentum ? round.momentum + range.begin : nullptr);
+    range.first_step = false;
+  }
+}
+
+}  // namespace
+
+template <class T>
+RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::function<void(std::uint64_t)>& on_epoch) {
+  const std::uint64_t steps_per_epoch = (round.rows + round.batch_size - 1) / round.batch_size;
+  const double outputs = static_cast<double>(round.shape.out_features);
+  // The clock is asked about every 100,000 multiply-adds (10 to 50 us), not at every step of a tiny model.
+  const std::size_t work_per_step = round.batch_size * round.shape.parameters();
+  constexpr std::size_t work_between_checks = 100'000;
+  std::size_t work = 0;
+
+  RowSource<T> source(round);
+  RoundResult result{Stop::finished, round.first_step, 0.0};
+  std::uint64_t epoch = round.first_step / steps_per_epoch;
+  std::uint64_t in_epoch = round.first_step % steps_per_epoch;
+  while (result.steps_done < round.last_step) {
+    source.begin_epoch(epoch);
+    for (; in_epoch < steps_per_epoch && result.steps_done < round.last_step; ++in_epoch) {
+      const Batch<T> batch = source.batch(in_epoch);
+      const double loss = linear_squared_error_gradient(round.shape, batch, round.parameters, round.gradient, interrupt);
+      work += work_per_step;
+      if (work >= work_between_checks) {
+        work = 0;
+        interrupt.check();
+      }
+      if (interrupt.requested()) {
+        result.stop = Stop::interrupted;
+        return result;
+      }
+      if (!std::isfinite(loss)) {
+        result.stop = Stop::non_finite;
+        return result;
+      }
+      const double elements = static_cast<double>(batch.rows) * outputs;
+      if (result.steps_done == round.first_step) result.first_loss = loss / elements;
+      apply_update(round, static_cast<T>(round.mean ? 1.0 / elements : 1.0));
+      round.losses[epoch] += loss;
+      ++result.steps_done;
+    }
+    if (in_epoch < steps_per_epoch) break;  // the round ends inside an epoch
+    if (!table<T>().all_finite(round.shape.parameters(), round.parameters)) {
+      result.stop = Stop::non_finite;
+      return result;
+    }
+    in_epoch = 0;
+    ++epoch;
+    on_epoch(epoch);
+    const double mean = round.losses[epoch - 1] / (static_cast<double>(round.rows) * outputs);
+    if (round.loss_limit > 0.0 && mean > std::max(round.loss_limit, 100.0 * result.first_loss)) {
+      result.stop = Stop::above_limit;
+      return result;
+    }
+  }
+  return result;
+}
+
+template RoundResult train_round(Round<float>&, Interrupt&, const std::function<void(std::uint64_t)>&);
+template RoundResult train_round(Round<double>&, Interrupt&, const std::function<void(std::uint64_t)>&);
+
+}  // namespace gdlib

@@ -1,0 +1,98 @@
+// The contract between the engine and the ground floor: every kernel's shapes, layout and aliasing.
+//
+// A kernel is pure arithmetic on pointers and sizes: no allocation, no threads, no exceptions. Matrices are row-major; a `stride` counts
+// elements between the starts of two rows. Inputs are `const` and may be read-only memory. An output never overlaps an input unless its
+// line says "in place". No pointer needs more than the alignment of its element type.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace gdlib {
+
+// Hyperparameters of one stochastic-gradient-descent update, with PyTorch's meaning.
+template <class T>
+struct SgdOptions {
+  T lr;
+  T momentum;
+  T dampening;
+  T weight_decay;
+  bool nesterov;
+  bool maximize;
+};
+
+// A visit to `rows` rows, at least one, of a linear layer with a squared-error loss: see KernelTable::linear_step.
+template <class T>
+struct LinearStep {
+  const T* x;             // [*, in_features], rows `x_stride` apart
+  size_t x_stride;
+  const uint32_t* index;  // [rows] row numbers into x and target, or null: rows 0, 1, 2, ...
+  size_t rows;
+  size_t rows_ahead;      // rows after these that will be visited next: prefetched, never used
+  size_t in_features;
+  size_t out_features;
+  const T* weight;        // [out_features, in_features]
+  const T* bias;          // [out_features], or null
+  const T* target;        // [*, out_features] dense, or null: a target of zero
+  T* weight_gradient;     // [out_features, in_features], overwritten
+  T* bias_gradient;       // [out_features], overwritten; null when bias is
+};
+
+// Keys of one pseudo-random order: a bijection of the numbers below 2^bits.
+struct ShuffleKeys {
+  static constexpr int rounds = 5;
+  uint32_t multiplier[rounds];  // odd
+  uint32_t addend[rounds];
+  uint32_t mask;                // 2^bits - 1
+  uint32_t shift;               // ceil(bits / 2)
+};
+
+template <class T>
+struct KernelTable {
+  // GEMM. Panels are packed: a[depth][tile_rows], b[depth][tile_cols].
+  // c[tile_rows, tile_cols] = (accumulate ? c : 0) + sum over depth of a * b + (bias ? bias[tile_cols] : 0).
+  // Every element is one chain of additions in depth order: its value does not depend on where in a tile it lies.
+  size_t tile_rows;
+  size_t tile_cols;
+  void (*gemm_tile)(size_t depth, const T* a, const T* b, const T* bias, bool accumulate, T* c, size_t c_stride);
+
+  // y[rows, out] = x[rows, in] weight[out, in]^T + bias[out], for few outputs. A row's value does not depend on the other rows.
+  void (*linear_forward)(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride, const T* weight,
+                         const T* bias, T* y);
+
+  // weight_gradient[out, in] += g[rows, out]^T x[rows, in]; bias_gradient[out] += column sums of g (null: skipped). For few outputs.
+  void (*linear_gradient)(size_t rows, size_t in_features, size_t out_features, const T* g, const T* x, size_t x_stride,
+                          T* weight_gradient, T* bias_gradient);
+
+  // One pass over the rows: residual r = x weight^T + bias - target; gradient of sum r^2, that is 2 r^T x and 2 sum r; returns sum r^2.
+  double (*linear_step)(const LinearStep<T>& step);
+
+  // Squared error over n elements: the sum; each term; scale * the gradient with respect to the output, scale * 2 (output - target).
+  double (*squared_error_sum)(size_t n, const T* output, const T* target);
+  void (*squared_error_terms)(size_t n, const T* output, const T* target, T* terms);
+  void (*squared_error_gradient)(size_t n, const T* output, const T* target, T scale, T* gradient);
+
+  // PyTorch's SGD step on n parameters, in place; the gradient is multiplied by gradient_scale first. momentum_buffer: null without
+  // momentum; first_step: the buffer is set to the gradient instead of being decayed.
+  void (*sgd_update)(size_t n, const SgdOptions<T>& options, T gradient_scale, bool first_step, const T* gradient, T* parameter,
+                     T* momentum_buffer);
+
+  // True when no element is NaN or infinite.
+  bool (*all_finite)(size_t n, const T* x);
+
+  // mean[n] = (source[0] + source[1] + ... in this order) / count. mean may be one of the sources.
+  void (*average)(size_t n, size_t count, const T* const* sources, T* mean);
+};
+
+struct Kernels {
+  const char* isa;   // the name that GDLIB_ISA takes
+  size_t lane_bytes; // width of one vector register
+  KernelTable<float> f32;
+  KernelTable<double> f64;
+
+  // Appends to `order`, in sequence, the values below `rows` that the bijection takes at first, first + 1, ..., first + count - 1;
+  // returns how many. `count` is a multiple of 16; `order` has room for 16 more than it will hold.
+  size_t (*shuffle)(const ShuffleKeys& keys, uint32_t first, uint32_t count, uint32_t rows, uint32_t* order);
+};
+
+}  // namespace gdlib

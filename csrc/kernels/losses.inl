@@ -1,0 +1,47 @@
+// Losses: each is one elementwise body of the residual, its term and its derivative; the loops below serve the readable API.
+// Sums are carried in double.
+
+namespace gdlib {
+namespace {
+
+struct SquaredError {
+  template <class V>
+  static V term(V residual) {
+    return residual * residual;
+  }
+  template <class V>
+  static V gradient(V residual) {
+    return residual + residual;
+  }
+};
+
+template <class T>
+double squared_error_sum(size_t n, const T* output, const T* target) {
+  constexpr size_t w = lanes<T>;
+  constexpr size_t block = 64 * w;  // terms folded in T before they enter the double sum
+  double total = 0;
+  for (size_t start = 0; start < n; start += block) {
+    const size_t end = n - start < block ? n : start + block;
+    Vector<T> sum = zero<T>();
+    for (size_t i = start; i < end; i += w)
+      sum += SquaredError::term(load_up_to(output + i, end - i) - load_up_to(target + i, end - i));
+    total += (double)sum_lanes<T>(sum);
+  }
+  return total;
+}
+
+template <class T>
+void squared_error_terms(size_t n, const T* output, const T* target, T* terms) {
+  for (size_t i = 0; i < n; i += lanes<T>)
+    store_up_to(terms + i, SquaredError::term(load_up_to(output + i, n - i) - load_up_to(target + i, n - i)), n - i);
+}
+
+template <class T>
+void squared_error_gradient(size_t n, const T* output, const T* target, T scale, T* gradient) {
+  const Vector<T> factor = broadcast(scale);
+  for (size_t i = 0; i < n; i += lanes<T>)
+    store_up_to(gradient + i, factor * SquaredError::gradient(load_up_to(output + i, n - i) - load_up_to(target + i, n - i)), n - i);
+}
+
+}  // namespace
+}  // namespace gdlib

@@ -1,0 +1,200 @@
+// The lane type of the ISA that this translation unit is compiled for; the only file with intrinsics.
+//
+// GCC and Clang vector extensions carry the arithmetic; an intrinsic stands here only where they have no word for it: masked tails, fused
+// multiply-add, compress. Everything has internal linkage, so that no code compiled with wide flags can be linked into another unit.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace gdlib {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr size_t lane_bytes = 64;
+#elif defined(__AVX2__)
+constexpr size_t lane_bytes = 32;
+#else
+constexpr size_t lane_bytes = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(lane_bytes)));
+  typedef T unaligned __attribute__((vector_size(lane_bytes), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+
+template <class T>
+constexpr size_t lanes = lane_bytes / sizeof(T);
+
+template <class T>
+inline Vector<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+
+template <class T>
+inline void store(T* p, Vector<T> v) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+}
+
+template <class T>
+inline Vector<T> broadcast(T value) {
+  return value - Vector<T>{};
+}
+
+template <class T>
+inline Vector<T> zero() {
+  return Vector<T>{};
+}
+
+// Tails: the first `count` lanes, 0 < count < lanes; absent lanes read as zero and are not touched in memory.
+#if defined(__AVX512F__)
+inline Vector<float> load_partial(const float* p, size_t count) {
+  return (Vector<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+}
+inline Vector<double> load_partial(const double* p, size_t count) {
+  return (Vector<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << count) - 1), p);
+}
+inline void store_partial(float* p, Vector<float> v, size_t count) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+}
+inline void store_partial(double* p, Vector<double> v, size_t count) {
+  _mm512_mask_storeu_pd(p, (__mmask8)((1u << count) - 1), (__m512d)v);
+}
+inline Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
+  return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Vector<double> fma(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__AVX2__)
+inline __m256i tail_mask(size_t count, float) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i tail_mask(size_t count, double) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x((long long)count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline Vector<float> load_partial(const float* p, size_t count) {
+  return (Vector<float>)_mm256_maskload_ps(p, tail_mask(count, 0.0f));
+}
+inline Vector<double> load_partial(const double* p, size_t count) {
+  return (Vector<double>)_mm256_maskload_pd(p, tail_mask(count, 0.0));
+}
+inline void store_partial(float* p, Vector<float> v, size_t count) {
+  _mm256_maskstore_ps(p, tail_mask(count, 0.0f), (__m256)v);
+}
+inline void store_partial(double* p, Vector<double> v, size_t count) {
+  _mm256_maskstore_pd(p, tail_mask(count, 0.0), (__m256d)v);
+}
+inline Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
+  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline Vector<double> fma(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#else
+template <class T>
+inline Vector<T> load_partial(const T* p, size_t count) {
+  Vector<T> v{};
+  memcpy(&v, p, count * sizeof(T));
+  return v;
+}
+template <class T>
+inline void store_partial(T* p, Vector<T> v, size_t count) {
+  memcpy(p, &v, count * sizeof(T));
+}
+#if defined(__ARM_NEON) && defined(GDLIB_NEON)
+inline Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
+  return (Vector<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+inline Vector<double> fma(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return (Vector<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
+// The portable table rounds twice: what every machine can do, and the same bits on each.
+template <class V>
+inline V fma(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
+#endif
+
+template <class T>
+inline Vector<T> load_up_to(const T* p, size_t count) {
+  return count >= lanes<T> ? load(p) : load_partial(p, count);
+}
+
+template <class T>
+inline void store_up_to(T* p, Vector<T> v, size_t count) {
+  if (count >= lanes<T>)
+    store(p, v);
+  else
+    store_partial(p, v, count);
+}
+
+template <int... I>
+struct Sequence {};
+template <int N, int... I>
+struct MakeSequence : MakeSequence<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeSequence<0, I...> {
+  using type = Sequence<I...>;
+};
+
+// Lane l of the result: a[l] + a[l ^ S] where bit S of l is clear, b[l] + b[l ^ S] where it is set.
+template <int S, class V, int... L>
+inline V add_across(V a, V b, Sequence<L...>) {
+  constexpr int n = sizeof...(L);
+  return __builtin_shufflevector(a, b, ((L & S) ? L + n : L)...) +
+         __builtin_shufflevector(a, b, ((L & S) ? (L ^ S) + n : (L ^ S))...);
+}
+
+// Lane l of the result is the sum over all lanes of v[l]. The additions form the same tree for every l. Overwrites v[lanes].
+template <class T, int S = 1>
+inline Vector<T> sum_each(Vector<T>* v) {
+  constexpr int n = lanes<T>;
+  if constexpr (S == n) {
+    return v[0];
+  } else {
+    for (int i = 0; i < n; i += 2 * S) v[i] = add_across<S>(v[i], v[i + S], typename MakeSequence<n>::type{});
+    return sum_each<T, 2 * S>(v);
+  }
+}
+
+template <class T, int S = 1>
+inline T sum_lanes(Vector<T> v) {
+  if constexpr (S == (int)lanes<T>) {
+    return v[0];
+  } else {
+    return sum_lanes<T, 2 * S>(add_across<S>(v, v, typename MakeSequence<(int)lanes<T>>::type{}));
+  }
+}
+
+// Appends to `out` the elements of v that are below `limit`, in order; returns how many. Writes up to 16 elements.
+typedef uint32_t Vector16u __attribute__((vector_size(64)));
+inline size_t append_below(Vector16u v, uint32_t limit, uint32_t* out) {
+#if defined(__AVX512F__)
+  const __mmask16 keep = _mm512_cmplt_epu32_mask((__m512i)v, _mm512_set1_epi32((int)limit));
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(keep, (__m512i)v));
+  return (size_t)__builtin_popcount(keep);
+#else
+  size_t kept = 0;
+  for (int i = 0; i < 16; ++i) {
+    out[kept] = v[i];
+    kept += v[i] < limit;
+  }
+  return kept;
+#endif
+}
+
+}  // namespace
+}  // namespace gdlib

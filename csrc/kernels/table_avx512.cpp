@@ -1,0 +1,18 @@
+// The avx512 table. 32 vector registers of 512 bits: 24 accumulators, 3 columns, 1 broadcast.
+
+#include "kernels.h"
+#include "simd.h"
+// The bodies, in the order in which they use each other.
+#include "gemm_tile.inl"
+#include "losses.inl"
+#include "linear.inl"
+#include "shuffle.inl"
+#include "vectors.inl"
+#include "table.inl"
+
+namespace gdlib {
+
+extern const Kernels kernels_avx512;
+const Kernels kernels_avx512 = make_kernels<8, 3>("avx512");
+
+}  // namespace gdlib

@@ -1,0 +1,58 @@
+// Operations on flat vectors of parameters: the update, the average, the check for NaN and infinity.
+
+namespace gdlib {
+namespace {
+
+// d = scale * gradient (negated to maximize) + weight_decay * parameter
+// buffer = d on the first step, else momentum * buffer + (1 - dampening) * d
+// parameter -= lr * (nesterov ? d + momentum * buffer : buffer), without momentum lr * d
+template <class T, bool HasMomentum>
+void sgd_update_with(size_t n, const SgdOptions<T>& options, T gradient_scale, bool first_step, const T* gradient, T* parameter,
+                     T* momentum_buffer) {
+  const Vector<T> scale = broadcast(options.maximize ? -gradient_scale : gradient_scale);
+  const Vector<T> decay = broadcast(options.weight_decay);
+  const Vector<T> lr = broadcast(-options.lr);
+  const Vector<T> momentum = broadcast(options.momentum);
+  const Vector<T> fresh = broadcast(T(1) - options.dampening);
+  for (size_t i = 0; i < n; i += lanes<T>) {
+    const size_t count = n - i;
+    const Vector<T> p = load_up_to(parameter + i, count);
+    Vector<T> d = fma(decay, p, scale * load_up_to(gradient + i, count));
+    if constexpr (HasMomentum) {
+      const Vector<T> buffer = first_step ? d : fma(momentum, load_up_to(momentum_buffer + i, count), fresh * d);
+      store_up_to(momentum_buffer + i, buffer, count);
+      d = options.nesterov ? fma(momentum, buffer, d) : buffer;
+    }
+    store_up_to(parameter + i, fma(lr, d, p), count);
+  }
+}
+
+template <class T>
+void sgd_update(size_t n, const SgdOptions<T>& options, T gradient_scale, bool first_step, const T* gradient, T* parameter,
+                T* momentum_buffer) {
+  if (momentum_buffer)
+    sgd_update_with<T, true>(n, options, gradient_scale, first_step, gradient, parameter, momentum_buffer);
+  else
+    sgd_update_with<T, false>(n, options, gradient_scale, first_step, gradient, parameter, nullptr);
+}
+
+// 0 * x is 0 for every finite x, and NaN for the others.
+template <class T>
+bool all_finite(size_t n, const T* x) {
+  Vector<T> sum = zero<T>();
+  for (size_t i = 0; i < n; i += lanes<T>) sum += zero<T>() * load_up_to(x + i, n - i);
+  return sum_lanes<T>(sum) == T(0);
+}
+
+template <class T>
+void average(size_t n, size_t count, const T* const* sources, T* mean) {
+  const Vector<T> divisor = broadcast(T(count));
+  for (size_t i = 0; i < n; i += lanes<T>) {
+    Vector<T> sum = load_up_to(sources[0] + i, n - i);
+    for (size_t k = 1; k < count; ++k) sum += load_up_to(sources[k] + i, n - i);
+    store_up_to(mean + i, sum / divisor, n - i);
+  }
+}
+
+}  // namespace
+}  // namespace gdlib

@@ -1,0 +1,28 @@
+"""gdlib: train and serve linear models on a CPU, with native kernels and no autograd."""
+
+from gdlib.config import set_num_threads, show_config
+from gdlib.data import DataLoader
+from gdlib.errors import DivergenceError
+from gdlib.losses import MSELoss
+from gdlib.nn import Linear, Parameter
+from gdlib.optim import GD, SGD
+from gdlib.serialization import load, save
+from gdlib.training import History, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GD",
+    "SGD",
+    "DataLoader",
+    "DivergenceError",
+    "History",
+    "Linear",
+    "MSELoss",
+    "Parameter",
+    "fit",
+    "load",
+    "save",
+    "set_num_threads",
+    "show_config",
+]

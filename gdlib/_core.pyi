@@ -1,0 +1,207 @@
+"""
+The native kernels of gdlib. Use the gdlib package: these functions check types and sizes only.
+"""
+
+from __future__ import annotations
+import collections.abc
+import numpy.typing
+import typing
+
+__all__: list[str] = [
+    "all_finite",
+    "available_isas",
+    "average",
+    "compiler",
+    "fill_uniform",
+    "hessian_eigenvalue",
+    "isa",
+    "linear_backward",
+    "linear_forward",
+    "num_threads",
+    "openmp_enabled",
+    "select_isa",
+    "set_num_threads",
+    "sgd_update",
+    "shuffle_order",
+    "squared_error",
+    "squared_error_gradient",
+    "squared_error_sum",
+    "squared_error_terms",
+    "take_rows",
+    "train",
+]
+
+def all_finite(x: numpy.typing.NDArray[typing.Any]) -> bool:
+    """
+    True when no element is NaN or infinite.
+    """
+
+def available_isas() -> list[str]:
+    """
+    The kernel tables that this machine can run, slowest first.
+    """
+
+def average(sources: numpy.typing.NDArray[typing.Any], mean: numpy.typing.NDArray[typing.Any]) -> None:
+    """
+    mean[n] = the mean of the rows of sources[count, n], added in order, in place.
+    """
+
+def compiler() -> str:
+    """
+    The compiler's version text.
+    """
+
+def fill_uniform(
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    bound: typing.SupportsFloat | typing.SupportsIndex,
+    out: numpy.typing.NDArray[typing.Any],
+) -> None:
+    """
+    Fills out with numbers uniform in [-bound, bound), in place.
+    """
+
+def hessian_eigenvalue(x: numpy.typing.NDArray[typing.Any], has_bias: bool) -> float:
+    """
+    The largest eigenvalue of 2 [x 1]^T [x 1] (without bias, 2 x^T x).
+    """
+
+def isa() -> str:
+    """
+    The kernel table in use.
+    """
+
+def linear_backward(
+    g: numpy.typing.NDArray[typing.Any],
+    x: numpy.typing.NDArray[typing.Any],
+    weight: numpy.typing.NDArray[typing.Any],
+    weight_gradient: numpy.typing.NDArray[typing.Any],
+    bias_gradient: numpy.typing.NDArray[typing.Any] | None,
+    input_gradient: numpy.typing.NDArray[typing.Any] | None,
+) -> None:
+    """
+    weight_gradient += g^T x, bias_gradient += column sums of g, input_gradient = g weight, in place.
+    """
+
+def linear_forward(
+    x: numpy.typing.NDArray[typing.Any],
+    weight: numpy.typing.NDArray[typing.Any],
+    bias: numpy.typing.NDArray[typing.Any] | None,
+    out: numpy.typing.NDArray[typing.Any] | None = None,
+) -> numpy.typing.NDArray[typing.Any]:
+    """
+    y[rows, out] = x weight^T + bias, into `out` when one is given.
+    """
+
+def num_threads() -> int:
+    """
+    Threads that a call may use.
+    """
+
+def openmp_enabled() -> bool:
+    """
+    True when the extension was built with OpenMP.
+    """
+
+def select_isa(name: str) -> None:
+    """
+    Forces a kernel table; not while another thread computes.
+    """
+
+def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Sets the threads that a call may use.
+    """
+
+def sgd_update(
+    parameter: numpy.typing.NDArray[typing.Any],
+    gradient: numpy.typing.NDArray[typing.Any],
+    momentum_buffer: numpy.typing.NDArray[typing.Any] | None,
+    lr: typing.SupportsFloat | typing.SupportsIndex,
+    momentum: typing.SupportsFloat | typing.SupportsIndex,
+    dampening: typing.SupportsFloat | typing.SupportsIndex,
+    weight_decay: typing.SupportsFloat | typing.SupportsIndex,
+    nesterov: bool,
+    maximize: bool,
+    first_step: bool,
+) -> None:
+    """
+    PyTorch's SGD step on flat vectors, in place.
+    """
+
+def shuffle_order(
+    seed: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex
+) -> numpy.typing.NDArray[typing.Any]:
+    """
+    The pseudo-random order of 0 ... rows - 1 that belongs to a seed.
+    """
+
+def squared_error(
+    x: numpy.typing.NDArray[typing.Any],
+    target: numpy.typing.NDArray[typing.Any],
+    parameters: numpy.typing.NDArray[typing.Any],
+    has_bias: bool,
+) -> float:
+    """
+    The sum of squared errors of a linear model over all rows.
+    """
+
+def squared_error_gradient(
+    output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any], scale: typing.SupportsFloat | typing.SupportsIndex
+) -> numpy.typing.NDArray[typing.Any]:
+    """
+    scale * 2 (output - target).
+    """
+
+def squared_error_sum(output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any]) -> float:
+    """
+    sum of (output - target)^2, carried in double.
+    """
+
+def squared_error_terms(
+    output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any]
+) -> numpy.typing.NDArray[typing.Any]:
+    """
+    (output - target)^2, element by element.
+    """
+
+def take_rows(
+    array: numpy.typing.NDArray[typing.Any],
+    order: numpy.typing.NDArray[typing.Any],
+    begin: typing.SupportsInt | typing.SupportsIndex,
+    end: typing.SupportsInt | typing.SupportsIndex,
+) -> numpy.typing.NDArray[typing.Any]:
+    """
+    A new array of the rows array[order[begin:end]].
+    """
+
+def train(
+    x: numpy.typing.NDArray[typing.Any],
+    target: numpy.typing.NDArray[typing.Any],
+    parameters: numpy.typing.NDArray[typing.Any],
+    momentum: numpy.typing.NDArray[typing.Any] | None,
+    has_bias: bool,
+    ranges: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsFloat | typing.SupportsIndex,
+            typing.SupportsFloat | typing.SupportsIndex,
+            typing.SupportsFloat | typing.SupportsIndex,
+            typing.SupportsFloat | typing.SupportsIndex,
+            bool,
+            bool,
+            bool,
+        ]
+    ],
+    batch_size: typing.SupportsInt | typing.SupportsIndex,
+    epoch_seeds: numpy.typing.NDArray[typing.Any] | None,
+    first_step: typing.SupportsInt | typing.SupportsIndex,
+    last_step: typing.SupportsInt | typing.SupportsIndex,
+    mean: bool,
+    loss_limit: typing.SupportsFloat | typing.SupportsIndex,
+    losses: numpy.typing.NDArray[typing.Any],
+    progress: collections.abc.Callable[[], typing.Any] | None = None,
+) -> tuple[str, int, float]:
+    """
+    Advances the parameters from first_step to last_step in one call; returns (stop, steps_done, first_loss), where stop is 'finished', 'non_finite' or 'above_limit'.
+    """

@@ -1,0 +1,40 @@
+"""What runs on this machine, and with how many threads."""
+
+from typing import Any
+
+from gdlib import _core
+
+
+def set_num_threads(count: int) -> None:
+    """Set how many threads a call may use; results do not depend on it.
+
+    Overrides `GDLIB_NUM_THREADS`; the default is every CPU that affinity and the cgroup quota leave. Raises ValueError below 1 and
+    TypeError for anything but a whole number.
+    """
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"the number of threads is {count!r}; a whole number of at least 1 is wanted.")
+    if count < 1:
+        raise ValueError(f"the number of threads is {count}; it must be at least 1.")
+    _core.set_num_threads(count)
+
+
+def get_config() -> dict[str, Any]:
+    """Kernel table in use (`isa`), tables that this machine can run, threads, OpenMP, CUDA and the compiler, by name."""
+    return {
+        "isa": _core.isa(),
+        "features": _core.available_isas(),
+        "threads": _core.num_threads(),
+        "openmp": _core.openmp_enabled(),
+        "cuda": False,  # this build has no device kernels
+        "compiler": _core.compiler(),
+    }
+
+
+def show_config() -> None:
+    """Print which kernels run here, and why: the ISA (forced with `GDLIB_ISA`), features, threads, OpenMP and CUDA."""
+    config = get_config()
+    print(f"isa      {config['isa']} (of {', '.join(config['features'])}; GDLIB_ISA forces one)")
+    print(f"threads  {config['threads']} (GDLIB_NUM_THREADS or gdlib.set_num_threads)")
+    print(f"openmp   {'yes' if config['openmp'] else 'no: one thread'}")
+    print(f"cuda     {'yes' if config['cuda'] else 'not built'}")
+    print(f"compiler {config['compiler']}")

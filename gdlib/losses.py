@@ -1,0 +1,81 @@
+"""Losses with explicit gradients, under PyTorch's names."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gdlib import _core, validation
+from gdlib.errors import DivergenceError
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class MSELoss:
+    """Squared error: (output - target)^2, averaged over EVERY element (rows x outputs), summed, or left as it is.
+
+    `criterion(output, target)` returns a float (an array of output's shape for reduction "none"); shapes must be equal: nothing is
+    broadcast. `criterion.backward()` returns the gradient with respect to the last output: scale * 2 (output - target), scale being
+    1 / elements for "mean" and 1 for "sum"; for "none" it takes the gradient of the terms. Follows torch.nn.MSELoss.
+
+    Raises ValueError for shapes that differ, empty input, and NaN or infinity in the target; DivergenceError when the output is not
+    finite; RuntimeError for `backward` before a call.
+    """
+
+    def __init__(self, reduction: str = "mean") -> None:
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction is {reduction!r}; one of {', '.join(REDUCTIONS)} is wanted.")
+        self.reduction = reduction
+        self._last: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
+
+    def __call__(self, output: Any, target: Any) -> float | npt.NDArray[Any]:
+        try:
+            if output.shape != target.shape:
+                raise ValueError
+            total = _core.squared_error_sum(output, target)
+        except (TypeError, ValueError, AttributeError):
+            output, target = self._convert(output, target)
+            total = _core.squared_error_sum(output, target)
+        if not total < np.inf:
+            self._explain(output, target)
+        self._last = (output, target)
+        if self.reduction == "none":
+            return _core.squared_error_terms(output, target)
+        count: int = output.size
+        return total / count if self.reduction == "mean" else total
+
+    def backward(self, gradient: Any = None) -> npt.NDArray[Any]:
+        """The gradient with respect to the output of the last call, of its shape."""
+        if self._last is None:
+            raise RuntimeError("backward has no loss to work with; call the criterion on an output and a target first.")
+        output, target = self._last
+        if self.reduction != "none":
+            if gradient is not None:
+                raise ValueError(f"a {self.reduction} loss takes no gradient; call backward() without one.")
+            return _core.squared_error_gradient(output, target, 1.0 / output.size if self.reduction == "mean" else 1.0)
+        terms = validation.as_array(gradient if gradient is not None else (), "the gradient")
+        if terms.shape != output.shape:
+            raise ValueError(f"the gradient has shape {terms.shape}; a loss without reduction wants one of shape {output.shape}.")
+        result: npt.NDArray[Any] = _core.squared_error_gradient(output, target, 1.0) * validation.as_dtype(terms, output.dtype)
+        return result
+
+    @staticmethod
+    def _convert(output: Any, target: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        output, target = validation.as_array(output, "the output"), validation.as_array(target, "the target")
+        if output.shape != target.shape:
+            hint = "; give the target a column for each output: target[:, None]" if output.shape == (*target.shape, 1) else ""
+            raise ValueError(f"the output has shape {output.shape} and the target {target.shape}; equal shapes are wanted{hint}.")
+        if output.size == 0:
+            raise ValueError(f"the output has shape {output.shape}; a loss of nothing is not defined.")
+        dtype = output.dtype if output.dtype in (np.float32, np.float64) else np.dtype(np.float64)
+        return (
+            np.ascontiguousarray(validation.as_dtype(output, dtype)),
+            np.ascontiguousarray(validation.as_dtype(target, dtype)),
+        )
+
+    @staticmethod
+    def _explain(output: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
+        validation.require_finite(target, target, "the target")
+        if not np.isfinite(output).all():
+            raise DivergenceError("the output holds NaN or infinity: training has diverged; start again with a smaller lr.")
+        raise DivergenceError(f"the loss does not fit {output.dtype}: training has diverged; start again with a smaller lr.")

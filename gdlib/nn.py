@@ -1,0 +1,214 @@
+"""Layers with explicit gradients, under PyTorch's names. Every parameter of a model is a view into one flat vector (its arena)."""
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gdlib import _core, validation
+from gdlib.errors import DivergenceError
+
+_LINE_BYTES = 64  # vector loads of a whole cache line never straddle two
+
+
+def aligned_zeros(size: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """A flat vector of zeros that starts on a cache line."""
+    raw = np.zeros(size * dtype.itemsize + _LINE_BYTES, np.uint8)
+    start = -raw.ctypes.data % _LINE_BYTES
+    return raw[start : start + size * dtype.itemsize].view(dtype)
+
+
+class Arena:
+    """One contiguous vector of parameters and one of their gradients: an update, an average or a save is one call over it."""
+
+    __slots__ = ("data", "grad")
+
+    def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
+        self.data = aligned_zeros(size, dtype)
+        self.grad = aligned_zeros(size, dtype)
+
+
+class Parameter:
+    """Learnable numbers: `.data` and `.grad` are NumPy arrays that the engine reads and writes in place; `.name` is their key.
+
+    Assigning to `.data` or `.grad` copies the values in; a shape that differs is a ValueError.
+    """
+
+    __slots__ = ("_data", "_grad", "arena", "begin", "end", "name")
+
+    def __init__(self, arena: Arena, begin: int, shape: tuple[int, ...], name: str) -> None:
+        self.arena = arena
+        self.begin = begin
+        self.end = begin + int(np.prod(shape))
+        self.name = name
+        self._data = arena.data[begin : self.end].reshape(shape)
+        self._grad = arena.grad[begin : self.end].reshape(shape)
+
+    @property
+    def data(self) -> npt.NDArray[Any]:
+        return self._data
+
+    @data.setter
+    def data(self, value: npt.ArrayLike) -> None:
+        self._assign(self._data, value)
+
+    @property
+    def grad(self) -> npt.NDArray[Any]:
+        return self._grad
+
+    @grad.setter
+    def grad(self, value: npt.ArrayLike) -> None:
+        self._assign(self._grad, value)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._data.shape
+
+    def _assign(self, into: npt.NDArray[Any], value: npt.ArrayLike) -> None:
+        if value is into:  # `parameter.grad += g` assigns the array that it has changed in place
+            return
+        array = validation.as_array(value, self.name)
+        if array.shape != into.shape:
+            raise ValueError(f"{self.name} has shape {into.shape}; an array of shape {array.shape} does not fit.")
+        into[...] = array
+
+    def __repr__(self) -> str:
+        return f"Parameter({self.name!r}, shape={self.shape}, dtype={self._data.dtype})"
+
+
+class Linear:
+    """y = x W^T + b.
+
+    x is [..., in_features], y [..., out_features], `weight` W [out_features, in_features], `bias` b [out_features] (None without).
+    Both start uniform in +-1/sqrt(in_features), drawn from `seed` (None: fresh entropy), the same numbers on every machine. A row's
+    output has the same bits in any batch and for any number of threads.
+
+    The gradient is explicit: `model(x)` remembers x, and `model.backward(g)` adds g^T x to `weight.grad` and the column sums of g to
+    `bias.grad`, and returns g W. Follows torch.nn.Linear.
+
+    Raises ValueError for sizes below 1, wrong shapes, and NaN or infinity in x; TypeError for what is not a number; DivergenceError
+    when the output is not finite although x is.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, dtype: npt.DTypeLike = np.float32, seed: int | None = None
+    ) -> None:
+        self.in_features = validation.as_count(in_features, "in_features")
+        self.out_features = validation.as_count(out_features, "out_features")
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+            raise TypeError(f"dtype is {self.dtype}; float32 or float64 is wanted.")
+        weights = self.in_features * self.out_features
+        self._arena = Arena(weights + (self.out_features if bias else 0), self.dtype)
+        self.weight = Parameter(self._arena, 0, (self.out_features, self.in_features), "weight")
+        self.bias = Parameter(self._arena, weights, (self.out_features,), "bias") if bias else None
+        seed = secrets.randbits(64) if seed is None else validation.as_seed(seed)
+        _core.fill_uniform(seed, 1.0 / np.sqrt(self.in_features), self._arena.data)
+        self._input: npt.NDArray[Any] | None = None
+        self.feature_names: list[str] | None = None
+        self.target_names: list[str] | None = None
+        self.training: dict[str, Any] | None = None  # the last fit's summary, saved with the model
+
+    def parameters(self) -> list[Parameter]:
+        """The weight, and the bias where there is one."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def __call__(self, x: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """The layer's output; x is remembered, not copied where it fits, for `backward`. `out` receives the result if given."""
+        bias = self.bias
+        try:
+            y = _core.linear_forward(x, self.weight._data, None if bias is None else bias._data, out)
+        except (TypeError, ValueError, FloatingPointError):
+            x, y = self._forward(x, out)
+        self._input = x
+        return y
+
+    forward = __call__
+
+    def predict(self, x: Any) -> npt.NDArray[Any]:
+        """The layer's output, [..., out_features]; nothing is remembered, so that threads may share the model."""
+        bias = self.bias
+        try:
+            return _core.linear_forward(x, self.weight._data, None if bias is None else bias._data, None)
+        except (TypeError, ValueError, FloatingPointError):
+            return self._forward(x, None)[1]
+
+    def _forward(self, x: Any, out: npt.NDArray[Any] | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The same for what the engine does not take as it is: convert it, or say why it cannot be."""
+        rows = validation.as_rows(x, self.in_features, self.dtype, "x")
+        shape = (*validation.as_array(x, "x").shape[:-1], self.out_features)
+        if out is not None:
+            fits = isinstance(out, np.ndarray) and out.shape == shape and out.dtype == self.dtype
+            if not fits or not (out.flags.c_contiguous and out.flags.writeable):
+                raise ValueError(f"out does not fit; a C-contiguous {self.dtype} array of shape {shape} is wanted.")
+            out = out.reshape(-1, self.out_features)
+        try:
+            y = _core.linear_forward(rows, self.weight._data, None if self.bias is None else self.bias._data, out)
+        except FloatingPointError:
+            validation.require_finite(x, rows, "x")
+            if not np.isfinite(self._arena.data).all():
+                raise DivergenceError("the weights hold NaN or infinity: training has diverged; start again with a smaller lr.") from None
+            raise DivergenceError(f"the output does not fit {self.dtype}: the weights have grown too large; use a smaller lr.") from None
+        return rows, y.reshape(shape)
+
+    def backward(self, gradient: Any) -> npt.NDArray[Any]:
+        """Add to `.grad` and return the gradient of x, [..., in_features], for the gradient of the last output.
+
+        Raises RuntimeError before the first call of the model.
+        """
+        x = self._input
+        if x is None:
+            raise RuntimeError("backward has no input to work with; call the model on a batch first.")
+        bias = None if self.bias is None else self.bias._grad
+        result = np.empty((len(x), self.in_features), self.dtype)
+        try:
+            _core.linear_backward(gradient, x, self.weight._data, self.weight._grad, bias, result)
+        except (TypeError, ValueError):
+            array = validation.as_array(gradient, "the gradient")
+            if array.ndim == 0 or array.shape[-1] != self.out_features or array.size != len(x) * self.out_features:
+                raise ValueError(
+                    f"the gradient has shape {array.shape}; that of the last output, {len(x)} rows of {self.out_features}, is wanted."
+                ) from None
+            flat = np.ascontiguousarray(validation.as_dtype(array, self.dtype)).reshape(-1, self.out_features)
+            _core.linear_backward(flat, x, self.weight._data, self.weight._grad, bias, result)
+            return result.reshape(*array.shape[:-1], self.in_features)
+        return result
+
+    def zero_grad(self) -> None:
+        """Set every gradient to zero."""
+        self._arena.grad.fill(0)
+
+    def state_dict(self) -> dict[str, npt.NDArray[Any]]:
+        """Copies of the parameters by name: `weight`, `bias`."""
+        return {parameter.name: parameter.data.copy() for parameter in self.parameters()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy the parameters in, all or none; anything that NumPy can view. Raises KeyError for missing and unexpected names."""
+        parameters = {parameter.name: parameter for parameter in self.parameters()}
+        missing, unexpected = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
+        if missing or unexpected:
+            raise KeyError(f"the state dict does not fit this model: missing {missing}, unexpected {unexpected}.")
+        arrays = {name: validation.as_array(state[name], name) for name in parameters}
+        for name, parameter in parameters.items():
+            if arrays[name].shape != parameter.shape:
+                raise ValueError(f"{name} has shape {arrays[name].shape} in the state dict; {parameter.shape} is wanted.")
+        for name, parameter in parameters.items():
+            parameter.data = arrays[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views do not survive a copy as views: the arena travels, and the parameters are laid over it again.
+        state = {key: value for key, value in self.__dict__.items() if key not in ("weight", "bias", "_arena", "_input")}
+        return state | {"has_bias": self.bias is not None, "data": self._arena.data.copy(), "grad": self._arena.grad.copy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        has_bias, data, grad = state.pop("has_bias"), state.pop("data"), state.pop("grad")
+        self.__init__(state["in_features"], state["out_features"], has_bias, dtype=state["dtype"], seed=0)  # type: ignore[misc]
+        self.__dict__.update(state)
+        self._arena.data[:] = data
+        self._arena.grad[:] = grad
+
+    def __repr__(self) -> str:
+        return f"Linear(in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, dtype={self.dtype})"

@@ -1,0 +1,52 @@
+"""Standardisation, and folding it into a layer so that a saved model takes raw measurements."""
+
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from gdlib import validation
+from gdlib.nn import Linear
+
+
+class StandardScaler:
+    """z = (x - mean) / scale, column by column, in float64; a constant column has scale 1.
+
+    `mean_` and `scale_` (the standard deviation, dividing by the number of rows) have shape [n_features]. Follows
+    sklearn.preprocessing.StandardScaler. Raises ValueError for wrong shapes and for NaN or infinity.
+    """
+
+    mean_: npt.NDArray[np.float64]
+    scale_: npt.NDArray[np.float64]
+
+    def fit(self, X: Any) -> Self:
+        """Take mean and standard deviation from X [n_samples, n_features]."""
+        array = validation.as_array(X, "X")
+        if array.ndim != 2 or array.shape[0] == 0:
+            raise ValueError(f"X has shape {array.shape}; [n_samples, n_features] with at least one sample is wanted.")
+        validation.require_finite(array, array, "X")
+        self.mean_ = array.mean(axis=0, dtype=np.float64)
+        deviation = np.sqrt(np.square(array - self.mean_).mean(axis=0))
+        # Rounding leaves a constant column a deviation of a few units in the last place of its mean: that is noise, not a scale.
+        constant = deviation <= 10 * np.finfo(np.float64).eps * np.abs(self.mean_)
+        self.scale_ = np.where(constant, 1.0, deviation)
+        return self
+
+    def transform(self, X: Any) -> npt.NDArray[np.float64]:
+        """(X - mean) / scale, as float64."""
+        array = validation.as_array(X, "X")
+        if array.ndim != 2 or array.shape[1] != len(self.mean_):
+            raise ValueError(f"X has shape {array.shape}; [n_samples, {len(self.mean_)}] is wanted.")
+        return np.asarray((array - self.mean_) / self.scale_)
+
+    def fold_into(self, model: Linear) -> Linear:
+        """A model of raw x that answers as `model` does of z: W' = W / scale, b' = b - W' mean. Raises ValueError without a bias."""
+        if model.bias is None:
+            raise ValueError("the model has no bias to take up the means; use Linear(..., bias=True).")
+        if model.in_features != len(self.mean_):
+            raise ValueError(f"the model has {model.in_features} features and the scaler {len(self.mean_)}; equal numbers are wanted.")
+        folded = Linear(model.in_features, model.out_features, dtype=model.dtype, seed=0)
+        weight = model.weight.data / self.scale_
+        folded.load_state_dict({"weight": weight, "bias": model.bias.data - weight @ self.mean_})
+        folded.feature_names, folded.target_names, folded.training = model.feature_names, model.target_names, model.training
+        return folded

@@ -1,0 +1,126 @@
+"""Model files: safetensors with the architecture, names and training summary in the metadata; written whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdlib import validation
+from gdlib.nn import Linear
+
+FORMAT = "gdlib"
+FORMAT_VERSION = "1"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary file beside `path`, flush it to the disk, and rename: a crash leaves the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep a server under another account from reading it
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself
+    finally:
+        os.close(directory)
+
+
+def save(
+    model: Linear,
+    path: str | os.PathLike[str],
+    *,
+    feature_names: Sequence[str] | None = None,
+    target_names: Sequence[str] | None = None,
+) -> None:
+    """Write the model to a safetensors file, with its architecture, names and training summary; folders are made as needed.
+
+    Names default to those that the model has. The file appears whole or not at all. Raises ValueError for a wrong number of names and
+    for parameters that are not finite, OSError when the file cannot be written.
+    """
+    from safetensors.numpy import save as to_bytes
+
+    if not isinstance(model, Linear):
+        raise TypeError(f"the model is a {type(model).__name__}; a gdlib.Linear is wanted.")
+    state = model.state_dict()
+    for name, values in state.items():
+        validation.require_finite(values, values, name)
+    features = validation.as_names(feature_names if feature_names is not None else model.feature_names, model.in_features, "feature_names")
+    targets = validation.as_names(target_names if target_names is not None else model.target_names, model.out_features, "target_names")
+    architecture = {
+        "type": "Linear",
+        "in_features": model.in_features,
+        "out_features": model.out_features,
+        "bias": model.bias is not None,
+        "dtype": model.dtype.name,
+    }
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "architecture": json.dumps(architecture),
+        "feature_names": json.dumps(features),
+        "target_names": json.dumps(targets),
+        "training": json.dumps(model.training),
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, to_bytes(state, metadata=metadata))
+
+
+def load(path: str | os.PathLike[str]) -> Linear:
+    """Read a model that `save` wrote, names and training summary included.
+
+    Raises FileNotFoundError, and ValueError for a file that is truncated, is no safetensors file, was not written by gdlib, or does not
+    hold what its architecture says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no model file at {path}.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); save the model again.") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was not written by gdlib; load its tensors with the safetensors package and pass them to Linear.load_state_dict."
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {metadata.get('format_version')!r}, and this gdlib reads {FORMAT_VERSION!r}; update gdlib, or "
+            "save the model again."
+        )
+    try:
+        described = json.loads(metadata["architecture"])
+        if described["type"] != "Linear":
+            raise ValueError(f"unknown layer {described['type']!r}")
+        dtype = np.dtype(described["dtype"])
+        model = Linear(described["in_features"], described["out_features"], described["bias"], dtype=dtype, seed=0)
+        if any(values.dtype != dtype for values in state.values()):
+            raise ValueError(f"tensors are not all {dtype}")
+        model.load_state_dict(state)
+        for name, values in state.items():
+            validation.require_finite(values, values, name)
+        model.feature_names = validation.as_names(json.loads(metadata["feature_names"]), model.in_features, "feature_names")
+        model.target_names = validation.as_names(json.loads(metadata["target_names"]), model.out_features, "target_names")
+        training = json.loads(metadata["training"])
+        if training is not None and not isinstance(training, dict):
+            raise ValueError("its training summary is no object")
+        model.training = training
+    except (KeyError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        reason = error.args[0] if error.args else error
+        raise ValueError(f"{path} does not hold the model that its header describes ({reason}); save the model again.") from None
+    return model

@@ -1,0 +1,309 @@
+"""fit(): a whole training run in one native call, and what is said when it goes wrong."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gdlib import _core, validation
+from gdlib.errors import DivergenceError
+from gdlib.losses import MSELoss
+from gdlib.nn import Linear
+from gdlib.optim import GD, SGD, UpdateRange
+
+DEFAULT_BATCH_SIZE = 32
+# An epoch this many times worse than both the start and a model that answers zero has exploded: transients of momentum stay below 10.
+EXPLOSION = 100.0
+
+
+@dataclass
+class History:
+    """What a run of `fit` did: `loss`, one value per epoch (of the parameters before each step, averaged over rows and outputs, or
+    summed for reduction "sum"), `seconds` in training, `rows_per_second`, and `lr` of each group."""
+
+    loss: list[float]
+    seconds: float
+    rows_per_second: float
+    lr: list[float] = field(default_factory=list)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the loss by epoch; returns the matplotlib Axes, and writes a picture (format by suffix) when `path` is given.
+
+        Raises ImportError without matplotlib (the extra `plot`).
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError("drawing needs matplotlib: pip install gdlib[plot].") from None
+        figure = Figure(figsize=(6.4, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(range(1, len(self.loss) + 1), self.loss, linewidth=2)
+        axes.set(xlabel="epoch", ylabel="loss", title="Learning curve")
+        if len(self.loss) > 1 and min(self.loss) > 0 and max(self.loss) / min(self.loss) > 100:
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        if path is not None:
+            figure.savefig(path)
+        return axes
+
+
+def _curvature(model: Linear, X: npt.NDArray[Any], loss: MSELoss) -> float:
+    """Largest eigenvalue of the Hessian of the loss over X: each output has 2 [x 1]^T [x 1], over rows * outputs for a mean."""
+    scale = len(X) * model.out_features if loss.reduction == "mean" else 1
+    return _core.hessian_eigenvalue(X, model.bias is not None) / scale
+
+
+def auto_lr(model: Linear, X: Any, loss: MSELoss) -> float:
+    """1 / L, L being the largest eigenvalue of the Hessian of the loss over all rows of X: the step that `GD(..., lr="auto")` takes.
+
+    Raises ValueError for wrong shapes, NaN or infinity in X, and an X of zeros without a bias.
+    """
+    rows = validation.as_training_rows(X, model.in_features, model.dtype)
+    curvature = _curvature(model, rows, loss)
+    if not np.isfinite(curvature):
+        validation.require_finite(X, rows, "X")
+        raise ValueError(f"X holds numbers whose squares do not fit {model.dtype}; scale it, or use a float64 model.")
+    if curvature == 0:
+        raise ValueError("X holds only zeros, so that lr='auto' has nothing to go by; give a number.")
+    return float(1.0 / curvature)
+
+
+def _stable_lr(model: Linear, X: npt.NDArray[Any], loss: MSELoss, batch_size: int, ranges: list[UpdateRange]) -> float | None:
+    """An estimate of the largest stable lr, from up to 4,096 rows in float64.
+
+    Full batch: 2 (1 + momentum) / L (heavy ball; Polyak 1964). Batches of B of N rows: the mean square of the error shrinks while
+    lr < 2 / (L (1 - 1/B) + 2 s / B), s = E|x|^4 / E|x|^2, and momentum multiplies the effective step by 1 / (1 - momentum).
+    """
+    sample = np.ascontiguousarray(X[:: -(-len(X) // 4096)], dtype=np.float64)
+    reference = Linear(model.in_features, 1, model.bias is not None, dtype=np.float64, seed=0)
+    curvature = _curvature(reference, sample, MSELoss())
+    momentum = max(r[3] for r in ranges)
+    if batch_size >= len(X):
+        limit = 2.0 * (1.0 + momentum) / (curvature + max(r[5] for r in ranges)) if curvature > 0 else np.inf
+    else:
+        squares = np.einsum("ij,ij->i", sample, sample) + (model.bias is not None)
+        spread = float(np.mean(squares**2) / np.mean(squares)) if squares.any() else 0.0
+        mean_square = curvature * (1.0 - 1.0 / batch_size) + 2.0 * spread / batch_size
+        limit = 2.0 * max(1.0 - momentum, 0.0) / mean_square if mean_square > 0 else np.inf
+    limit *= model.out_features if loss.reduction == "mean" else 1.0 / batch_size
+    return float(limit) if np.isfinite(limit) and limit > 0 else None
+
+
+def _epoch_seeds(seed: int | Sequence[int] | None, epochs: int) -> npt.NDArray[np.uint64]:
+    if seed is None:
+        return np.array([secrets.randbits(64) for _ in range(epochs)], np.uint64)
+    if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, (str, bytes)):
+        if len(seed) != epochs:
+            raise ValueError(f"seed holds {len(seed)} numbers; one for each of {epochs} epochs is wanted, or a single one.")
+        return np.array([validation.as_seed(value) for value in seed], np.uint64)
+    return np.full(epochs, validation.as_seed(seed), np.uint64)
+
+
+class _Run:
+    """One run of fit: its inputs in the engine's form, and the calls that it takes."""
+
+    def __init__(
+        self,
+        model: Linear,
+        X: Any,
+        y: Any,
+        loss: MSELoss,
+        optimizer: SGD,
+        epochs: int,
+        batch_size: int | None,
+        shuffle: bool,
+        seed: int | Sequence[int] | None,
+    ) -> None:
+        if not isinstance(model, Linear):
+            raise TypeError(f"the model is a {type(model).__name__}; a gdlib.Linear is wanted.")
+        if not isinstance(loss, MSELoss):
+            raise TypeError(f"the loss is a {type(loss).__name__}; a gdlib.MSELoss is wanted.")
+        if not isinstance(optimizer, SGD):
+            raise TypeError(f"the optimizer is a {type(optimizer).__name__}; a gdlib.SGD or gdlib.GD is wanted.")
+        if loss.reduction == "none":
+            raise ValueError("a loss with reduction 'none' has no single number to descend; use MSELoss('mean') or MSELoss('sum').")
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.given = (X, y)
+        self.X = validation.as_training_rows(X, model.in_features, model.dtype)
+        self.rows = len(self.X)
+        self.y = validation.as_targets(y, self.rows, model.out_features, model.dtype)
+        self.epochs = validation.as_count(epochs, "epochs")
+        self.batch_size = self.rows
+        self.seeds: npt.NDArray[np.uint64] | None = None
+        if isinstance(optimizer, GD):
+            if batch_size is not None and validation.as_count(batch_size, "batch_size") < self.rows:
+                raise ValueError(f"batch_size is {batch_size}, but GD takes all {self.rows} rows at each step; leave it out, or use SGD.")
+        else:
+            size = DEFAULT_BATCH_SIZE if batch_size is None else validation.as_count(batch_size, "batch_size")
+            self.batch_size = min(size, self.rows)
+            if shuffle:
+                if self.rows >= 2**32:
+                    raise ValueError(f"{self.rows} rows cannot be shuffled; at most {2**32 - 1} can.")
+                self.seeds = _epoch_seeds(seed, self.epochs)
+        self.steps_per_epoch = -(-self.rows // self.batch_size)
+        self.steps = self.epochs * self.steps_per_epoch
+        self.losses = np.zeros(self.epochs)
+        self.arena = model._arena
+        self.start = self.arena.data.copy()
+        if not np.isfinite(self.start).all():
+            raise ValueError("the model's parameters hold NaN or infinity; start from a fresh model.")
+        for group in optimizer.param_groups:
+            if group["lr"] == "auto":
+                self._require_finite_data()  # NaN has no eigenvalues
+                group["lr"] = auto_lr(model, self.X, loss)
+        self.ranges = optimizer.update_ranges(self.arena)
+        self.momentum = optimizer.momentum_buffer(self.arena)
+        self.start_momentum = None if self.momentum is None else self.momentum.copy()
+
+    def advance(self, first_step: int, last_step: int, loss_limit: float, progress: Any) -> tuple[str, int, float]:
+        """One native call. Momentum is handed back to the optimizer however the call ends."""
+        ranges = [(*r[:8], r[8] and first_step == 0) for r in self.ranges]
+        try:
+            return _core.train(
+                self.X,
+                self.y,
+                self.arena.data,
+                self.momentum,
+                self.model.bias is not None,
+                ranges,
+                self.batch_size,
+                self.seeds,
+                first_step,
+                last_step,
+                self.loss.reduction == "mean",
+                loss_limit,
+                self.losses,
+                progress,
+            )
+        finally:
+            if self.momentum is not None and self.momentum.any():
+                self.optimizer.set_momentum_buffer(self.momentum)
+
+    def train(self, progress: Any) -> None:
+        """All steps, or an exception."""
+        zero_model = float(np.vdot(self.y, self.y)) / self.y.size if np.isfinite(self.y).all() else 0.0
+        maximize = any(r[7] for r in self.ranges)
+        limit = 0.0 if maximize else EXPLOSION * zero_model
+        step = 0
+        while step < self.steps:
+            stop, step, _ = self.advance(step, self.steps, limit, progress)
+            if stop == "non_finite":
+                self._fail(step)
+            if stop == "above_limit":
+                epoch = step // self.steps_per_epoch
+                reached = self.losses[epoch - 1] / self.y.size
+                initial = _core.squared_error(self.X, self.y, self.start, self.model.bias is not None) / self.y.size
+                if reached > EXPLOSION * max(initial, zero_model):
+                    raise self._divergence(f"the loss has grown to {reached:.3g}", epoch, step)
+                limit = EXPLOSION * max(initial, zero_model)
+
+    def _require_finite_data(self) -> None:
+        validation.require_finite(self.given[0], self.X, "X")
+        validation.require_finite(self.given[1], self.y, "y")
+
+    def _restore(self) -> None:
+        self.arena.data[:] = self.start
+        if self.momentum is not None and self.start_momentum is not None:
+            self.momentum[:] = self.start_momentum
+
+    def _fail(self, step: int) -> None:
+        """Step `step` (from 0) has no finite loss: because of the data, or because training has diverged."""
+        try:
+            self._require_finite_data()
+        except ValueError:
+            self._restore()
+            self.optimizer.set_momentum_buffer(self.start_momentum)
+            raise
+        failed = step
+        while not np.isfinite(self.arena.data).all():
+            # The update before the failing step was the last straw. Equal arguments give equal bits: run again, up to the step before.
+            step -= 1
+            self._restore()
+            self.losses[:] = 0
+            self.advance(0, step, 0.0, None)
+        raise self._divergence("the loss is no longer finite", failed // self.steps_per_epoch + 1, failed + 1)
+
+    def _divergence(self, what: str, epoch: int, step: int) -> DivergenceError:
+        lr = max(r[2] for r in self.ranges)
+        stable = _stable_lr(self.model, self.X, self.loss, self.batch_size, self.ranges)
+        advice = f"about {stable:.3g} is the largest stable lr; " if stable is not None else ""
+        return DivergenceError(
+            f"training diverged: {what} in epoch {epoch}, step {step}, with lr {lr:g}; {advice}use a smaller one, or standardise X. "
+            "The last finite parameters are kept.",
+            epoch=epoch,
+            step=step,
+            lr=lr,
+            stable_lr=stable,
+        )
+
+
+def _bar(run: _Run) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=run.epochs, unit="epoch", desc="fit")
+
+
+def fit(
+    model: Linear,
+    X: Any,
+    y: Any,
+    *,
+    loss: MSELoss,
+    optimizer: SGD,
+    epochs: int,
+    batch_size: int | None = None,
+    shuffle: bool = True,
+    seed: int | Sequence[int] | None = None,
+    progress: bool = False,
+) -> History:
+    """Train the model in one native call: theta <- theta - lr * grad J(batch), over all batches of all epochs.
+
+    X is [rows, in_features], y [rows, out_features] or, for one output, [rows]: anything that NumPy can view, `__dlpack__` objects and
+    memory maps; nothing is copied where dtype and layout fit. With SGD a step takes `batch_size` rows (32 when None); with GD all rows,
+    in order, in one pass over X. The same run as the readable loop over `DataLoader(X, y, batch_size, shuffle, seed)`, to rounding.
+
+    `seed` fixes the order of the rows: one number gives every epoch that order, a sequence gives each epoch its own, None draws a fresh
+    one for each. Same seed, same machine: the same bits for any number of threads. (One order for all epochs converges at the rate of
+    reshuffling: Mishchenko, Khaled and Richtarik 2020, Random Reshuffling.)
+
+    The GIL is released; Ctrl-C is answered within 0.2 s, with the parameters of the last finished step. `progress` shows a bar.
+
+    Raises TypeError and ValueError for input that does not fit, NaN or infinity (the parameters are then untouched), and
+    DivergenceError when the loss becomes non-finite, or an epoch's is 100 times both the one at the start and that of a model that
+    always answers zero; the last finite parameters are then kept.
+    """
+    run = _Run(model, X, y, loss, optimizer, epochs, batch_size, shuffle, seed)
+    bar = _bar(run) if progress else None
+
+    def show() -> None:
+        done = int(np.count_nonzero(run.losses))
+        if bar is not None and done > bar.n:
+            bar.set_postfix(loss=f"{run.losses[done - 1] / run.y.size:.4g}", refresh=False)
+            bar.update(done - bar.n)
+
+    begin = time.perf_counter()
+    try:
+        run.train(None if bar is None else show)
+        if bar is not None:
+            show()
+    finally:
+        seconds = time.perf_counter() - begin
+        if bar is not None:
+            bar.close()
+    curve = run.losses / run.y.size if loss.reduction == "mean" else run.losses
+    history = History(curve.tolist(), seconds, run.rows * run.epochs / max(seconds, 1e-9), [r[2] for r in run.ranges])
+    model.training = {
+        "optimizer": type(optimizer).__name__,
+        "lr": history.lr[0],
+        "epochs": run.epochs,
+        "batch_size": run.batch_size,
+        "rows": run.rows,
+        "loss": [float(f"{value:.6g}") for value in history.loss[:: -(-run.epochs // 256)]],
+        "final_loss": history.loss[-1],
+    }
+    return history

@@ -1,0 +1,138 @@
+"""Friendly checks, in one place: each error says what came, what was wanted and what to do.
+
+An array that already has the wanted dtype and layout passes through without a copy, read-only or not.
+"""
+
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+
+
+def as_array(value: Any, name: str) -> npt.NDArray[Any]:
+    """Any array that NumPy can view, or an object with `__dlpack__`, as a real-valued NumPy array. Raises TypeError."""
+    if not isinstance(value, np.ndarray):
+        if hasattr(value, "toarray") and hasattr(value, "nnz"):
+            raise TypeError(f"{name} is a sparse matrix ({type(value).__name__}); a dense array is wanted: pass {name}.toarray().")
+        if hasattr(value, "__dlpack__") and not hasattr(value, "__array_interface__"):
+            try:
+                value = np.from_dlpack(value)
+            except BufferError as error:
+                raise TypeError(
+                    f"{name} is a {type(value).__name__} that cannot be shared ({error}); pass a CPU tensor without gradient, "
+                    "such as tensor.detach().cpu()."
+                ) from None
+        else:
+            try:
+                value = np.asarray(value)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"{name} cannot be viewed as an array ({error}); pass a NumPy array of numbers.") from None
+    array: npt.NDArray[Any] = value
+    if array.dtype.kind not in "fiub":
+        what = {"U": "text", "S": "text", "O": "Python objects", "c": "complex numbers"}.get(array.dtype.kind, str(array.dtype))
+        raise TypeError(f"{name} holds {what}; real numbers are wanted: convert it first, such as {name}.astype(float).")
+    return array
+
+
+def as_dtype(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if array.dtype == dtype and array.flags.aligned:
+        return array
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is reported as that
+        return array.astype(dtype)
+
+
+def as_rows(value: Any, columns: int, dtype: np.dtype[Any], name: str) -> npt.NDArray[Any]:
+    """[..., columns] -> [rows, columns] of the dtype, rows contiguous. Raises TypeError and ValueError."""
+    array = as_array(value, name)
+    if array.ndim == 0 or array.shape[-1] != columns:
+        raise ValueError(f"{name} has shape {array.shape}; [rows, {columns}] is wanted, for a layer with {columns} input features.")
+    array = as_dtype(array, dtype).reshape(-1, columns)
+    if array.strides[1] != array.itemsize or array.strides[0] < 0 or array.strides[0] % array.itemsize:
+        array = np.ascontiguousarray(array)
+    return array
+
+
+def as_training_rows(value: Any, columns: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """X for fit: exactly two dimensions, at least one row."""
+    array = as_array(value, "X")
+    if array.ndim != 2:
+        raise ValueError(
+            f"X has shape {array.shape}; [rows, {columns}] is wanted. One row is X[None, :], one feature X[:, None]."
+        )
+    if array.shape[0] == 0:
+        raise ValueError(f"X has shape {array.shape}; there are no rows to learn from.")
+    return as_rows(array, columns, dtype, "X")
+
+
+def as_targets(value: Any, rows: int, columns: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """y for fit: [rows, columns], or [rows] for one output."""
+    array = as_array(value, "y")
+    if array.shape != (rows, columns) and not (columns == 1 and array.shape == (rows,)):
+        wanted = f"[{rows}, {columns}]" + (f" or [{rows}]" if columns == 1 else "")
+        raise ValueError(f"y has shape {array.shape}; {wanted} is wanted, for {rows} rows of X and {columns} outputs.")
+    return np.ascontiguousarray(as_dtype(array, dtype).reshape(rows, columns))
+
+
+def require_finite(given: Any, used: npt.NDArray[Any], name: str) -> None:
+    """Raise a ValueError that names the first NaN or infinite element of `used`, the form of `given` that the engine reads."""
+    bad = ~np.isfinite(used)
+    if not bad.any():
+        return
+    place = tuple(int(i) for i in np.argwhere(bad)[0])
+    where = f"row {place[0]}" + (f", column {place[1]}" if used.ndim > 1 and used.shape[1] > 1 else "")
+    original = np.asarray(as_array(given, name)).reshape(used.shape)[place]
+    if np.isfinite(original):
+        raise ValueError(f"{name} holds {original!r} at {where}, too large for {used.dtype}; scale it, or use a float64 model.")
+    count = int(bad.sum())
+    raise ValueError(
+        f"{name} holds {count} value{'s' if count > 1 else ''} that {'are' if count > 1 else 'is'} NaN or infinite, the first "
+        f"({float(used[place])}) at {where}; drop or fill in such rows first."
+    )
+
+
+def as_count(value: Any, name: str, least: int = 1) -> int:
+    """A whole number of at least `least`. Raises TypeError and ValueError."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} is {value!r}; a whole number of at least {least} is wanted.")
+    count = int(value.__index__())
+    if count < least:
+        raise ValueError(f"{name} is {count}; it must be at least {least}.")
+    return count
+
+
+def as_number(value: Any, name: str, *, positive: bool = False) -> float:
+    """A finite number, not negative, or above zero where `positive`. Raises TypeError and ValueError."""
+    if isinstance(value, (bool, str, bytes)):
+        raise TypeError(f"{name} is {value!r}; a number is wanted.")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; a number is wanted.") from None
+    if not np.isfinite(number) or number < 0 or (positive and number == 0):
+        raise ValueError(f"{name} is {value!r}; a finite number {'above 0' if positive else 'of at least 0'} is wanted.")
+    return number
+
+
+def as_seed(value: Any, name: str = "seed") -> int:
+    """A whole number from 0 to 2**64 - 1. Raises TypeError and ValueError."""
+    seed = as_count(value, name, least=0)
+    if seed >= 2**64:
+        raise ValueError(f"{name} is {seed}; it must be below 2**64.")
+    return seed
+
+
+def as_names(names: Sequence[str] | None, count: int, what: str) -> list[str] | None:
+    """`count` different names, or None. Raises TypeError and ValueError."""
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise TypeError(f"{what} is the text {names!r}; a list of {count} names is wanted.")
+    result = [str(name) for name in names]
+    if len(result) != count:
+        raise ValueError(f"{what} has {len(result)} names; {count} are wanted.")
+    if len(set(result)) != count:
+        raise ValueError(f"{what} names one thing twice: {result}.")
+    return result

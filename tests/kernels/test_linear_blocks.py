@@ -1,0 +1,120 @@
+"""A linear layer too large for one block, panel or task: against the oracle, and bit for bit across threads and batches."""
+
+import numpy as np
+import pytest
+
+from gdlib import _core
+from tests import oracle
+from tests.kernels.guarded import Guarded, poisoned, values
+
+THREADS = (1, 2, 3, 5, 7, 8)
+
+# (rows, in_features, out_features). GEMM blocks 96 rows, 256 of depth and 768 columns, and uses threads from 2^19 multiply-adds; with fewer
+# than 8 outputs a task has 512 KiB of x, at least 64 rows. In a gradient, rows are the depth and in_features the columns.
+SHAPES = [
+    (95, 255, 9),
+    (96, 256, 8),
+    (97, 257, 49),
+    (193, 40, 97),
+    (5, 511, 770),
+    (97, 9, 1537),
+    (257, 769, 8),
+    (513, 130, 10),
+    (129, 2049, 1),
+    (200, 1111, 3),
+    (700, 400, 7),
+]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+
+
+def layer(shape, dtype):
+    rows, in_features, out_features = shape
+    rng = np.random.default_rng(rows)
+    x = poisoned(values(rng, (rows, in_features), dtype), row_gap=3)
+    return x, poisoned(values(rng, (out_features, in_features), dtype)), poisoned(values(rng, out_features, dtype)), rng
+
+
+def forward(x, weight, bias):
+    out = Guarded(np.zeros((x.shape[0], weight.shape[0]), x.dtype))
+    assert _core.linear_forward(x, weight, bias, out.array) is out.array
+    out.check()
+    return out.array
+
+
+def backward(g, x, weight, weight_contents, bias_contents):
+    gradients = [Guarded(weight_contents), Guarded(bias_contents), Guarded(np.zeros(x.shape, x.dtype))]
+    _core.linear_backward(g, x, weight, *(gradient.array for gradient in gradients))
+    for gradient in gradients:
+        gradient.check()
+    return [gradient.array for gradient in gradients]
+
+
+@shapes
+def test_forward(isa, dtype, shape):
+    x, weight, bias, _ = layer(shape, dtype)
+    results = []
+    for threads in THREADS:
+        _core.set_num_threads(threads)
+        results.append(forward(x, weight, bias))
+    oracle.assert_within(results[0], oracle.linear_forward(x, weight, bias))
+    assert all(result.tobytes() == results[0].tobytes() for result in results)
+
+
+@shapes
+def test_backward(isa, dtype, shape):
+    x, weight, bias, rng = layer(shape, dtype)
+    g = poisoned(values(rng, (shape[0], shape[2]), dtype))
+    contents = values(rng, weight.shape, dtype)
+    results = []
+    for threads in THREADS:
+        _core.set_num_threads(threads)
+        results.append(backward(g, x, weight, contents, bias))
+    weight_gradient, bias_gradient, input_gradient = results[0]
+    oracle.assert_within(weight_gradient, oracle.weight_gradient(g, x, contents), "weight gradient")
+    oracle.assert_within(bias_gradient[:, None], oracle.bias_gradient(g, bias), "bias gradient")
+    oracle.assert_within(input_gradient, oracle.input_gradient(g, weight), "input gradient")
+    for result in results:
+        assert [array.tobytes() for array in result] == [array.tobytes() for array in results[0]]
+
+
+@pytest.mark.parametrize("out_features", [1, 2, 7, 8, 49])
+@pytest.mark.parametrize("in_features", [1, 67, 257, 1100])
+def test_row_does_not_depend_on_its_batch(isa, dtype, in_features, out_features):
+    x, weight, bias, _ = layer((130, in_features, out_features), dtype)
+    batch = forward(x, weight, bias)
+    for row in range(130):
+        assert forward(x[row : row + 1], weight, bias).tobytes() == batch[row].tobytes()
+    for rows in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 95, 96, 97, 129):
+        assert forward(x[:rows], weight, bias).tobytes() == batch[:rows].tobytes()
+        assert forward(x[130 - rows :], weight, bias).tobytes() == batch[130 - rows :].tobytes()
+
+
+def test_rows_may_lie_on_each_other(isa, dtype):
+    """A broadcast row has a stride of 0."""
+    x, weight, bias, _ = layer((1, 37, 9), dtype)
+    repeated = np.broadcast_to(x, (20, 37))
+    assert repeated.strides[0] == 0
+    for outputs in (3, 9):
+        wanted = np.repeat(forward(x, weight[:outputs], bias[:outputs]), 20, axis=0)
+        assert forward(repeated, weight[:outputs], bias[:outputs]).tobytes() == wanted.tobytes()
+
+
+def test_gradients_of_input_and_bias_are_optional(isa, dtype):
+    x, weight, bias, rng = layer((33, 21, 5), dtype)
+    g, contents = values(rng, (33, 5), dtype), values(rng, (5, 21), dtype)
+    wanted, _, _ = backward(g, x, weight, contents, bias)
+    weight_gradient = Guarded(contents)
+    _core.linear_backward(g, x, weight, weight_gradient.array, None, None)
+    weight_gradient.check()
+    assert weight_gradient.array.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("out_features", [3, 9])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_output_that_is_not_finite_is_an_error(isa, dtype, out_features, bad):
+    x, weight, bias, _ = layer((20, 7, out_features), dtype)
+    x = x.copy()
+    x[13, 6] = bad
+    with pytest.raises(FloatingPointError, match="not finite"):
+        _core.linear_forward(x, weight, bias)
+    assert np.isfinite(_core.linear_forward(x[:13], weight, bias)).all()

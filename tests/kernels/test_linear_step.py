@@ -1,0 +1,107 @@
+"""The fused training step, one step of train() at a time: shuffled or in order, in one task or several, against the float64 oracle.
+
+With lr 1, the summed loss and a single step, parameters - gradient is what train() leaves behind.
+"""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from gdlib import _core
+from tests import oracle
+from tests.kernels.guarded import CANARY, MARGIN, Guarded, poisoned, values
+from tests.kernels.sweep import LARGEST
+
+PLAIN = (1.0, 0.0, 0.0, 0.0, False, False, True)  # lr, momentum, dampening, weight_decay, nesterov, maximize, first_step
+MOST_OUTPUTS = 5
+
+
+def descend(x, target, parameters, has_bias, epoch_seeds, losses):
+    """One step over all rows."""
+    ranges = [(0, parameters.size, *PLAIN)]
+    return _core.train(x, target, parameters, None, has_bias, ranges, x.shape[0], epoch_seeds, 0, 1, False, 0.0, losses)
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("seed", [None, 7], ids=["in-order", "shuffled"])
+def test_small_sizes(isa, dtype, has_bias, seed):
+    """Every number of rows and of features from 1 to 67, and 1 to 5 outputs."""
+    rng = np.random.default_rng(3)
+    x, target = values(rng, (LARGEST, LARGEST), dtype), values(rng, (LARGEST, MOST_OUTPUTS), dtype)
+    weight, bias = values(rng, (MOST_OUTPUTS, LARGEST), dtype), values(rng, MOST_OUTPUTS, dtype)
+    targets = {(n, out): poisoned(target[:n, :out]) for n in range(1, LARGEST + 1) for out in range(1, MOST_OUTPUTS + 1)}
+    seeds = None if seed is None else np.array([seed], np.uint64)
+    for width in range(1, LARGEST + 1):
+        batches = [poisoned(x[:n, :width], row_gap=n % 4) for n in range(1, LARGEST + 1)]
+        step = oracle.linear_step(x[:, :width], target, weight[:, :width], bias if has_bias else None)
+        for out in range(1, MOST_OUTPUTS + 1):
+            start = np.concatenate([weight[:out, :width].ravel(), bias[: out if has_bias else 0]])
+            ranges = [(0, start.size, *PLAIN)]
+            # One row of memory for each number of rows of x: canaries, the parameters, canaries.
+            memory = np.full((LARGEST, MARGIN + start.size + MARGIN), CANARY, dtype)
+            after = memory[:, MARGIN:-MARGIN]
+            after[...] = start
+            losses, first_losses = np.zeros(LARGEST), []
+            for i, batch in enumerate(batches):
+                n = i + 1
+                stop, done, first_loss = _core.train(
+                    batch, targets[n, out], after[i], None, has_bias, ranges, n, seeds, 0, 1, False, 0.0, losses[i:n]
+                )
+                assert (stop, done) == ("finished", 1)
+                first_losses.append(first_loss * n * out)
+            what = f"in_features {width}, out_features {out}"
+            assert (memory[:, :MARGIN] == dtype(CANARY)).all(), f"{what}: written before the parameters"
+            assert (memory[:, -MARGIN:] == dtype(CANARY)).all(), f"{what}: written past the parameters"
+            got = after[:, : out * width].reshape(LARGEST, out, width)
+            oracle.assert_within(got, oracle.Interval(*(edge[1:, :out] for edge in step.weight)), f"weight, {what}")
+            if has_bias:
+                oracle.assert_within(after[:, out * width :], oracle.Interval(*(edge[1:, :out] for edge in step.bias)), f"bias, {what}")
+            oracle.assert_within(losses, oracle.Interval(*(edge[1:, out - 1] for edge in step.loss)), f"loss, {what}")
+            np.testing.assert_allclose(first_losses, losses, rtol=1e-15)  # a division and a multiplication apart
+
+
+@cache  # for every ISA, and both orders
+def large_problem(shape, dtype):
+    rows, in_features, out = shape
+    rng = np.random.default_rng(rows)
+    x = poisoned(values(rng, (rows, in_features), dtype), row_gap=2)
+    target = poisoned(values(rng, (rows, out), dtype))
+    weight, bias = poisoned(values(rng, (out, in_features), dtype)), poisoned(values(rng, out, dtype))
+    step = oracle.linear_step(x, target, weight, bias)
+    last = oracle.Step(*(oracle.Interval(low[-1], high[-1]) for low, high in step))
+    return x, target, weight, bias, last
+
+
+# (rows, in_features, out_features); a task has 512 KiB of x, at least 64 rows: from 3 to 11 tasks, with a short one at the end.
+@pytest.mark.parametrize("shape", [(10003, 67, 1), (3001, 123, 2), (300, 1500, 1), (200, 1111, 3)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("seed", [None, 5], ids=["in-order", "shuffled"])
+def test_several_tasks(isa, dtype, shape, seed):
+    x, target, weight, bias, wanted = large_problem(shape, dtype)
+    seeds = None if seed is None else np.array([seed], np.uint64)
+    results = []
+    for threads in (1, 2, 3, 5, 7, 8):
+        _core.set_num_threads(threads)
+        parameters, losses = Guarded(np.concatenate([weight.ravel(), bias])), np.zeros(1)
+        assert descend(x, target, parameters.array, True, seeds, losses)[:2] == ("finished", 1)
+        parameters.check()
+        results.append((parameters.array, losses))
+    parameters, losses = results[0]
+    oracle.assert_within(parameters[: weight.size].reshape(weight.shape), wanted.weight, "weight")
+    oracle.assert_within(parameters[weight.size :], wanted.bias, "bias")
+    oracle.assert_within(losses, oracle.Interval(*(edge[-1:] for edge in wanted.loss)), "loss")
+    for other in results:
+        assert [array.tobytes() for array in other] == [array.tobytes() for array in results[0]]
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("rows", [1, 31, 2003])
+def test_squared_error(isa, dtype, rows, has_bias):
+    """The loss alone, over all rows."""
+    rng = np.random.default_rng(rows)
+    x, target = poisoned(values(rng, (rows, 300), dtype), row_gap=1), poisoned(values(rng, (rows, 2), dtype))
+    weight, bias = values(rng, (2, 300), dtype), values(rng, 2, dtype) if has_bias else np.zeros(0, dtype)
+    parameters = poisoned(np.concatenate([weight.ravel(), bias]))
+    wanted = oracle.linear_step(x, target, weight, bias if has_bias else None).loss
+    got = np.array([_core.squared_error(x, target, parameters, has_bias)])
+    oracle.assert_within(got, oracle.Interval(*(edge[-1, -1:] for edge in wanted)))

@@ -1,0 +1,110 @@
+"""What only a fresh process shows: the environment variables that are read on import, and a fork after threads have run."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from gdlib import _core
+
+
+def run_python(code, **environment):
+    """A new interpreter, which finds the same packages. The time-out ends a hang; it is no measure of speed."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("GDLIB_ISA", "GDLIB_NUM_THREADS")}
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env=inherited | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def output_of(code, **environment):
+    done = run_python(code, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("isa", _core.available_isas())
+def test_isa_is_forced(isa):
+    assert output_of("from gdlib import _core; print(_core.isa())", GDLIB_ISA=isa) == isa
+
+
+@pytest.mark.parametrize("environment", [{}, {"GDLIB_ISA": ""}], ids=["unset", "empty"])
+def test_fastest_isa_is_the_default(environment):
+    assert output_of("from gdlib import _core; print(_core.isa())", **environment) == _core.available_isas()[-1]
+
+
+@pytest.mark.parametrize("threads", [1, 3, 4096])
+def test_threads_are_forced(threads):
+    assert output_of("from gdlib import _core; print(_core.num_threads())", GDLIB_NUM_THREADS=str(threads)) == str(threads)
+
+
+def test_threads_by_default():
+    count = int(output_of("from gdlib import _core; print(_core.num_threads())"))
+    assert 1 <= count <= os.cpu_count()
+
+
+@pytest.mark.parametrize("isa", ["sse9", "AVX2", " scalar"])
+def test_unknown_isa_is_an_import_error(isa):
+    done = run_python("from gdlib import _core", GDLIB_ISA=isa)
+    message = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1
+    assert message.startswith("ImportError: ")
+    assert f"'{isa}'" in message
+    assert ", ".join(_core.available_isas()) in message
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "abc", "2.5", "4 threads", "4097", "99999999999999999999"])
+def test_bad_number_of_threads_is_an_import_error(threads):
+    done = run_python("from gdlib import _core", GDLIB_NUM_THREADS=threads)
+    message = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1
+    assert message.startswith("ImportError: GDLIB_NUM_THREADS is ")
+    assert f"'{threads}'" in message
+    assert "1 to 4096" in message
+
+
+FORK = """
+    import os, sys, warnings
+    import numpy as np
+    from gdlib import _core
+
+    rng = np.random.default_rng(0)
+    x, target = rng.standard_normal((4096, 300)), rng.standard_normal((4096, 1))
+    weight = rng.standard_normal((64, 300))
+
+    def compute():
+        parameters, losses = np.zeros(301), np.zeros(2)
+        ranges = [(0, 301, 0.01, 0.0, 0.0, 0.0, False, False, True)]
+        _core.train(x, target, parameters, None, True, ranges, 4096, None, 0, 2, True, 0.0, losses)
+        gradient = np.zeros((64, 300))
+        y = _core.linear_forward(x, weight, None)
+        _core.linear_backward(y, x, weight, gradient, None, np.zeros_like(x))
+        return b"".join(a.tobytes() for a in (parameters, losses, y, gradient))
+
+    before = compute()
+    assert _core.num_threads() == 4
+    with warnings.catch_warnings():
+        # Python 3.12 warns of a fork beside other threads, as OpenMP's are: this is the case under test.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if compute() == before and _core.num_threads() == 1 else 3)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, status
+    assert compute() == before  # the parent keeps its threads
+    assert _core.num_threads() == 4
+    print("same bits")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("isa", _core.available_isas())
+def test_fork_after_threads_have_run(isa):
+    assert output_of(FORK, GDLIB_ISA=isa, GDLIB_NUM_THREADS="4") == "same bits"

@@ -1,0 +1,194 @@
+"""Rounds of train(): whole runs against a float64 loop in NumPy, rounds cut anywhere, and each way in which a round may end."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gdlib import _core
+from tests import oracle
+from tests.kernels.guarded import Guarded, poisoned, values
+
+ROWS, FEATURES, OUTPUTS, EPOCHS = 103, 13, 2, 3
+WEIGHTS, PARAMETERS = OUTPUTS * FEATURES, OUTPUTS * (FEATURES + 1)
+PLAIN = {"lr": 0.02, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+
+
+def problem(dtype):
+    rng = np.random.default_rng(11)
+    x = poisoned(values(rng, (ROWS, FEATURES), dtype), row_gap=4)
+    return x, poisoned(values(rng, (ROWS, OUTPUTS), dtype)), values(rng, PARAMETERS, dtype)
+
+
+def range_tuple(begin, end, first_step=True, **options):
+    return (begin, end, *(PLAIN | options).values(), first_step)
+
+
+def ranges_of(run, mean, batch_size):
+    """(begin, end, options). A sum over n elements has an n-fold gradient: the same run needs an n-th of lr."""
+    shrink = 1 if mean else OUTPUTS * min(batch_size, ROWS)
+    ranges = [(begin, end, PLAIN | options) for begin, end, options in RUNS[run]]
+    return [(begin, end, options | {"lr": options["lr"] / shrink}) for begin, end, options in ranges]
+
+
+@cache  # every ISA asks for it
+def numpy_loop(dtype, run, mean, seeds, batch_size):
+    """The run in float64: the readable definition."""
+    x, target, parameters = map(np.float64, problem(dtype))
+    ranges = ranges_of(run, mean, batch_size)
+    buffer, losses, first = np.zeros(PARAMETERS), np.zeros(EPOCHS), True
+    for epoch in range(EPOCHS):
+        order = np.arange(ROWS) if seeds is None else np.array(oracle.shuffle_order(seeds[epoch], ROWS))
+        for begin in range(0, ROWS, batch_size):
+            rows = order[begin : begin + batch_size]
+            weight, bias = parameters[:WEIGHTS].reshape(OUTPUTS, FEATURES), parameters[WEIGHTS:]
+            residual = x[rows] @ weight.T + bias - target[rows]
+            losses[epoch] += np.sum(residual**2)
+            gradient = 2 * np.concatenate([(residual.T @ x[rows]).ravel(), residual.sum(axis=0)])
+            if mean:
+                gradient /= residual.size
+            parameters = parameters.copy()
+            for start, end, options in ranges:
+                part = slice(start, end)
+                momentum = buffer[part] if options["momentum"] else None
+                parameters[part], momentum = oracle.sgd_step(parameters[part], gradient[part], momentum, **options, first_step=first)
+                if momentum is not None:
+                    buffer[part] = momentum
+            first = False
+    return parameters, buffer, losses
+
+
+WHOLE = (0, PARAMETERS)
+RUNS = {
+    "plain": [(*WHOLE, {})],
+    "momentum": [(*WHOLE, {"momentum": 0.9, "lr": 0.01})],
+    "dampening": [(*WHOLE, {"momentum": 0.5, "dampening": 0.25})],
+    "nesterov": [(*WHOLE, {"momentum": 0.9, "nesterov": True, "lr": 0.005, "weight_decay": 0.1})],
+    "weight-decay": [(*WHOLE, {"weight_decay": 0.5})],
+    "maximize": [(*WHOLE, {"maximize": True, "lr": 0.0005})],
+    "decay-of-the-weights-alone": [(0, WEIGHTS, {"weight_decay": 0.3, "momentum": 0.5}), (WEIGHTS, PARAMETERS, {"lr": 0.1})],
+    "frozen-bias": [(0, WEIGHTS, {})],
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 103, 500])
+@pytest.mark.parametrize("seeds", [None, (4, 4, 9)], ids=["in-order", "shuffled"])
+@pytest.mark.parametrize("mean", [True, False], ids=["mean", "sum"])
+@pytest.mark.parametrize("run", RUNS)
+def test_run_against_numpy(isa, dtype, run, mean, seeds, batch_size):
+    x, target, start = problem(dtype)
+    ranges = ranges_of(run, mean, batch_size)
+    steps = EPOCHS * -(-ROWS // batch_size)
+    parameters, momentum, losses = Guarded(start), Guarded(np.zeros(PARAMETERS, dtype)), np.zeros(EPOCHS)
+    uses_momentum = any(options["momentum"] for *_, options in ranges)
+    result = _core.train(
+        x,
+        target,
+        parameters.array,
+        momentum.array if uses_momentum else None,
+        True,
+        [range_tuple(begin, end, **options) for begin, end, options in ranges],
+        batch_size,
+        None if seeds is None else np.array(seeds, np.uint64),
+        0,
+        steps,
+        mean,
+        0.0,
+        losses,
+    )
+    wanted, buffer, wanted_losses = numpy_loop(dtype, run, mean, seeds, batch_size)
+    assert result[:2] == ("finished", steps)
+    parameters.check()
+    momentum.check()
+    # A step's roundings are worth a few units of the last place of the largest parameter, and these runs do not amplify them (descent
+    # contracts; the ascent grows by less than 2): at most they add up over the steps. Momentum sums about 1 / (1 - 0.9) of them.
+    unit = np.finfo(dtype).eps / 2
+    tolerance = 8 * (8 + steps) * unit
+    np.testing.assert_allclose(parameters.array, wanted, rtol=0, atol=tolerance * max(1, np.abs(wanted).max()))
+    np.testing.assert_allclose(losses, wanted_losses, rtol=2 * tolerance)
+    if uses_momentum:
+        np.testing.assert_allclose(momentum.array, buffer, rtol=0, atol=8 * tolerance * max(1, np.abs(buffer).max()))
+
+
+@settings(derandomize=True, deadline=None, max_examples=25, database=None)
+@given(cuts=st.lists(st.integers(0, 44), max_size=6), shuffled=st.booleans(), threads=st.sampled_from([1, 2, 3, 7]))
+def test_rounds_may_be_cut_anywhere(cuts, shuffled, threads):
+    """Steps 0 to 44 of 4 epochs in one round, or in several that hand on parameters, momentum and losses: the same bits."""
+    dtype, epochs, steps = np.float32, 4, 44
+    x, target, start = problem(dtype)
+    seeds = np.arange(epochs, dtype=np.uint64) if shuffled else None
+    options = {"momentum": 0.9, "nesterov": True}
+
+    def run(borders):
+        parameters, momentum, losses = start.copy(), np.full(PARAMETERS, 1e9, dtype), np.zeros(epochs)
+        for begin, end in zip([0, *borders], [*borders, steps], strict=True):
+            ranges = [range_tuple(*WHOLE, first_step=begin == 0, **options)]
+            result = _core.train(x, target, parameters, momentum, True, ranges, 10, seeds, begin, end, True, 0.0, losses)
+            assert result[:2] == ("finished", end)
+        return parameters.tobytes(), momentum.tobytes(), losses.tobytes()
+
+    whole = run([])
+    _core.set_num_threads(threads)
+    # A round without steps leaves the buffer unset: its successor would still be the first.
+    assert run(sorted(cut for cut in set(cuts) if cut > 0)) == whole
+
+
+def run_stopping(dtype, x, target, parameters, epochs=5, lr=0.02, loss_limit=0.0, batch_size=10, progress=None):
+    losses = np.zeros(epochs)
+    steps = epochs * -(-x.shape[0] // batch_size)
+    ranges = [(0, parameters.size, lr, 0.0, 0.0, 0.0, False, False, True)]
+    result = _core.train(x, target, parameters, None, True, ranges, batch_size, None, 0, steps, True, loss_limit, losses, progress)
+    return result, losses
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_stops_before_the_update_of_a_bad_step(isa, dtype, bad):
+    x, target, start = problem(dtype)
+    target = target.copy()
+    target[57, 1] = bad  # in the sixth batch of 10
+    parameters = start.copy()
+    (stop, done, _), losses = run_stopping(dtype, x, target, parameters)
+    assert (stop, done) == ("non_finite", 5)
+    clean = start.copy()
+    run_stopping(dtype, x[:50], target[:50], clean, epochs=1)
+    assert parameters.tobytes() == clean.tobytes()
+    assert np.isfinite(losses).all()
+
+
+def test_stops_at_parameters_that_overflow(isa, dtype):
+    """A loss can be finite while the step that it leads to is not; the epoch's end finds it."""
+    x, target = np.ones((1, 1), dtype), np.zeros((1, 1), dtype)
+    parameters = np.full(2, 1e3, dtype)
+    ranges = [(0, 2, float(np.finfo(dtype).max), 0.0, 0.0, 0.0, False, False, True)]
+    losses = np.zeros(3)
+    stop, done, _ = _core.train(x, target, parameters, None, True, ranges, 1, None, 0, 3, True, 0.0, losses)
+    assert (stop, done) == ("non_finite", 1)
+
+
+def test_stops_above_the_limit(isa, dtype):
+    x, target, start = problem(dtype)
+    (stop, done, first), losses = run_stopping(dtype, x, target, start.copy(), lr=1.0, loss_limit=1.0)
+    mean = losses / (ROWS * OUTPUTS)
+    epochs = done // 11
+    assert stop == "above_limit"
+    assert mean[epochs - 1] > max(1.0, 100 * first)
+    assert (mean[: epochs - 1] <= max(1.0, 100 * first)).all()
+    assert not mean[epochs:].any()
+    (stop, _, _), _ = run_stopping(dtype, x, target, start.copy(), lr=0.02, loss_limit=1.0)
+    assert stop == "finished"
+
+
+def test_progress_ends_a_run_by_raising():
+    x, target, start = problem(np.float32)
+    calls = []
+
+    def progress():
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    # 10^6 epochs take seconds, and progress is called every 50 ms.
+    with pytest.raises(KeyboardInterrupt):
+        run_stopping(np.float32, x, target, start, epochs=1_000_000, progress=progress)
+    assert len(calls) == 1

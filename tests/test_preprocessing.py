@@ -1,0 +1,44 @@
+"""StandardScaler, and folding it into a layer."""
+
+import numpy as np
+import pytest
+
+from gdlib import Linear
+from gdlib.preprocessing import StandardScaler
+
+X = np.random.default_rng(0).standard_normal((50, 4)) * [1, 100, 0.01, 0] + [0, 5, 1e3, 7]
+
+
+def test_standardises():
+    scaler = StandardScaler().fit(X)
+    z = scaler.transform(X)
+    np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-10)
+    np.testing.assert_allclose(z.std(axis=0), [1, 1, 1, 0], rtol=1e-9)
+    assert scaler.scale_[3] == 1
+
+
+def test_a_constant_column_with_rounding_noise_keeps_scale_one():
+    column = np.full((1000, 1), 0.1)
+    assert StandardScaler().fit(column).scale_[0] == 1
+
+
+def test_folding_answers_raw_rows_as_the_model_answers_standardised_ones():
+    scaler = StandardScaler().fit(X)
+    model = Linear(4, 3, dtype=np.float64, seed=0)
+    model.feature_names = ["a", "b", "c", "d"]
+    folded = scaler.fold_into(model)
+    np.testing.assert_allclose(folded.predict(X), model.predict(scaler.transform(X)), rtol=1e-9)
+    assert folded.feature_names == model.feature_names
+    with pytest.raises(ValueError, match="bias"):
+        scaler.fold_into(Linear(4, 1, bias=False))
+    with pytest.raises(ValueError, match="3 features"):
+        scaler.fold_into(Linear(3, 1))
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="NaN"):
+        StandardScaler().fit([[1.0, np.nan]])
+    with pytest.raises(ValueError, match="shape"):
+        StandardScaler().fit([1.0, 2.0])
+    with pytest.raises(ValueError, match="shape"):
+        StandardScaler().fit(X).transform(X[:, :2])

@@ -1,0 +1,124 @@
+"""Model files: what comes back, and what is refused."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from safetensors.numpy import save as to_bytes
+
+import gdlib
+from gdlib import Linear, load, save
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_round_trip(tmp_path, dtype, bias):
+    model = Linear(3, 2, bias, dtype=dtype, seed=0)
+    X, y = np.random.default_rng(0).standard_normal((20, 3)), np.zeros((20, 2))
+    gdlib.fit(model, X, y, loss=gdlib.MSELoss(), optimizer=gdlib.SGD(model.parameters(), lr=0.01), epochs=3)
+    path = tmp_path / "models" / "m" / "1" / "model.safetensors"
+    save(model, path, feature_names=["a", "b", "c"], target_names=["t", "u"])
+    again = load(path)
+    np.testing.assert_array_equal(again.predict(X), model.predict(X))
+    assert again.dtype == dtype
+    assert (again.feature_names, again.target_names) == (["a", "b", "c"], ["t", "u"])
+    assert again.training["epochs"] == 3
+    assert again.training["final_loss"] == model.training["final_loss"]
+    save(again, path)  # names are kept
+    assert load(str(path)).feature_names == ["a", "b", "c"]
+    assert os.listdir(path.parent) == ["model.safetensors"]
+
+
+def test_names_are_checked(tmp_path):
+    model = Linear(2, 1)
+    for names, error in [(["a"], ValueError), (["a", "a"], ValueError), ("ab", TypeError)]:
+        with pytest.raises(error, match="feature_names"):
+            save(model, tmp_path / "m", feature_names=names)
+    model.weight.data[0, 0] = np.inf
+    with pytest.raises(ValueError, match="weight holds 1 value"):
+        save(model, tmp_path / "m")
+    with pytest.raises(TypeError, match=r"gdlib\.Linear"):
+        save({}, tmp_path / "m")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save(Linear(2, 1, seed=0), path)
+    before = path.read_bytes()
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, lambda *_: (_ for _ in ()).throw(OSError("no space")))
+            with pytest.raises(OSError, match="no space"):
+                save(Linear(2, 1, seed=1), path)
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_every_truncation_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save(Linear(3, 1, seed=0), path)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="save the model again"):
+            load(path)
+    path.write_bytes(whole + b"x")
+    with pytest.raises(ValueError, match="save the model again"):
+        load(path)
+
+
+def header_with(**changes):
+    architecture = {"type": "Linear", "in_features": 2, "out_features": 1, "bias": True, "dtype": "float32"}
+    metadata = {
+        "format": "gdlib", "format_version": "1", "architecture": json.dumps(architecture),
+        "feature_names": "null", "target_names": "null", "training": "null",
+    }
+    return {key: value for key, value in (metadata | changes).items() if value is not None}
+
+
+GOOD = {"weight": np.zeros((1, 2), np.float32), "bias": np.zeros(1, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "words"),
+    [
+        (GOOD, None, "was not written by gdlib"),
+        (GOOD, header_with(format="pt"), "was not written by gdlib"),
+        (GOOD, header_with(format_version="9"), "format version '9'"),
+        (GOOD, header_with(architecture=None), "architecture"),
+        (GOOD, header_with(architecture="{"), "does not hold"),
+        (GOOD, header_with(architecture="[" * 100_000), "does not hold"),
+        (GOOD, header_with(architecture='{"type": "Conv"}'), "unknown layer 'Conv'"),
+        (GOOD, header_with(feature_names='["a"]'), "feature_names"),
+        (GOOD, header_with(training="[]"), "training summary"),
+        ({"weight": GOOD["weight"]}, header_with(), "missing"),
+        (GOOD | {"extra": GOOD["bias"]}, header_with(), "unexpected"),
+        (GOOD | {"weight": np.zeros((2, 1), np.float32)}, header_with(), "shape"),
+        (GOOD | {"bias": np.zeros(1)}, header_with(), "not all float32"),
+        (GOOD | {"bias": np.full(1, np.nan, np.float32)}, header_with(), "NaN"),
+    ],
+)
+def test_a_foreign_or_false_file_is_refused(tmp_path, tensors, metadata, words):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(to_bytes(tensors, metadata=metadata))
+    with pytest.raises(ValueError, match=words):
+        load(path)
+
+
+def test_the_good_header_is_good(tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(to_bytes(GOOD, metadata=header_with()))
+    assert load(path).in_features == 2
+
+
+def test_no_file_and_no_safetensors_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model file"):
+        load(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="no model file"):
+        load(tmp_path)
+    for content in (b"", b"hello", b"\x80\x04pickle" * 10, b"\xff" * 64, b"PK\x03\x04" * 20):
+        (tmp_path / "f").write_bytes(content)
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            load(tmp_path / "f")
