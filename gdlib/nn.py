@@ -10,13 +10,13 @@ import numpy.typing as npt
 from gdlib import _core, validation
 from gdlib.errors import DivergenceError
 
-_LINE_BYTES = 64  # vector loads of a whole cache line never straddle two
+LINE_BYTES = 64  # vector loads of a whole cache line never straddle two
 
 
 def aligned_zeros(size: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """A flat vector of zeros that starts on a cache line."""
-    raw = np.zeros(size * dtype.itemsize + _LINE_BYTES, np.uint8)
-    start = -raw.ctypes.data % _LINE_BYTES
+    raw = np.zeros(size * dtype.itemsize + LINE_BYTES, np.uint8)
+    start = -raw.ctypes.data % LINE_BYTES
     return raw[start : start + size * dtype.itemsize].view(dtype)
 
 

@@ -104,7 +104,7 @@ def _epoch_seeds(seed: int | Sequence[int] | None, epochs: int) -> npt.NDArray[n
     return np.full(epochs, validation.as_seed(seed), np.uint64)
 
 
-class _Run:
+class Run:
     """One run of fit: its inputs in the engine's form, and the calls that it takes."""
 
     def __init__(
@@ -154,11 +154,12 @@ class _Run:
             raise ValueError("the model's parameters hold NaN or infinity; start from a fresh model.")
         for group in optimizer.param_groups:
             if group["lr"] == "auto":
-                self._require_finite_data()  # NaN has no eigenvalues
+                self.require_finite_data()  # NaN has no eigenvalues
                 group["lr"] = auto_lr(model, self.X, loss)
         self.ranges = optimizer.update_ranges(self.arena)
         self.momentum = optimizer.momentum_buffer(self.arena)
         self.start_momentum = None if self.momentum is None else self.momentum.copy()
+        self._start_error: float | None = None
 
     def advance(self, first_step: int, last_step: int, loss_limit: float, progress: Any) -> tuple[str, int, float]:
         """One native call. Momentum is handed back to the optimizer however the call ends."""
@@ -186,23 +187,33 @@ class _Run:
 
     def train(self, progress: Any) -> None:
         """All steps, or an exception."""
-        zero_model = float(np.vdot(self.y, self.y)) / self.y.size if np.isfinite(self.y).all() else 0.0
-        maximize = any(r[7] for r in self.ranges)
-        limit = 0.0 if maximize else EXPLOSION * zero_model
         step = 0
         while step < self.steps:
-            stop, step, _ = self.advance(step, self.steps, limit, progress)
+            stop, step, _ = self.advance(step, self.steps, self.loss_limit(), progress)
             if stop == "non_finite":
                 self._fail(step)
             if stop == "above_limit":
-                epoch = step // self.steps_per_epoch
-                reached = self.losses[epoch - 1] / self.y.size
-                initial = _core.squared_error(self.X, self.y, self.start, self.model.bias is not None) / self.y.size
-                if reached > EXPLOSION * max(initial, zero_model):
-                    raise self._divergence(f"the loss has grown to {reached:.3g}", epoch, step)
-                limit = EXPLOSION * max(initial, zero_model)
+                self.check_explosion(step // self.steps_per_epoch, step)
 
-    def _require_finite_data(self) -> None:
+    def loss_limit(self) -> float:
+        """The mean squared error of an epoch that `check_explosion` has to look at; 0: none, for an ascent."""
+        if any(r[7] for r in self.ranges):
+            return 0.0
+        zero_error = float(np.vdot(self.y, self.y)) / self.y.size  # of a model that always answers zero
+        worst = max(zero_error if np.isfinite(zero_error) else 0.0, self._start_error or 0.0)
+        return max(EXPLOSION * worst, float(np.finfo(np.float64).tiny))
+
+    def check_explosion(self, epochs_done: int, steps_done: int) -> None:
+        """Raise DivergenceError when the last epoch is far worse than both a model that answers zero and the one at the start."""
+        reached = float(self.losses[epochs_done - 1]) / self.y.size
+        if not 0.0 < self.loss_limit() < reached:
+            return
+        if self._start_error is None:  # a pass over X: only on suspicion
+            self._start_error = _core.squared_error(self.X, self.y, self.start, self.model.bias is not None) / self.y.size
+        if reached > self.loss_limit():
+            raise self.divergence(f"the loss has grown to {reached:.3g}", epochs_done, steps_done)
+
+    def require_finite_data(self) -> None:
         validation.require_finite(self.given[0], self.X, "X")
         validation.require_finite(self.given[1], self.y, "y")
 
@@ -214,7 +225,7 @@ class _Run:
     def _fail(self, step: int) -> None:
         """Step `step` (from 0) has no finite loss: because of the data, or because training has diverged."""
         try:
-            self._require_finite_data()
+            self.require_finite_data()
         except ValueError:
             self._restore()
             self.optimizer.set_momentum_buffer(self.start_momentum)
@@ -226,9 +237,25 @@ class _Run:
             self._restore()
             self.losses[:] = 0
             self.advance(0, step, 0.0, None)
-        raise self._divergence("the loss is no longer finite", failed // self.steps_per_epoch + 1, failed + 1)
+        raise self.divergence("the loss is no longer finite", failed // self.steps_per_epoch + 1, failed + 1)
 
-    def _divergence(self, what: str, epoch: int, step: int) -> DivergenceError:
+    def finish(self, seconds: float, **summary: Any) -> History:
+        """The history of a run that has ended well; its summary stays with the model."""
+        curve = self.losses / self.y.size if self.loss.reduction == "mean" else self.losses
+        history = History(curve.tolist(), seconds, self.rows * self.epochs / max(seconds, 1e-9), [r[2] for r in self.ranges])
+        self.model.training = {
+            "optimizer": type(self.optimizer).__name__,
+            "lr": history.lr[0],
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "rows": self.rows,
+            "loss": [float(f"{value:.6g}") for value in history.loss[:: -(-self.epochs // 256)]],  # enough points for a curve
+            "final_loss": history.loss[-1],
+            **summary,
+        }
+        return history
+
+    def divergence(self, what: str, epoch: int, step: int) -> DivergenceError:
         lr = max(r[2] for r in self.ranges)
         stable = _stable_lr(self.model, self.X, self.loss, self.batch_size, self.ranges)
         advice = f"about {stable:.3g} is the largest stable lr; " if stable is not None else ""
@@ -242,7 +269,7 @@ class _Run:
         )
 
 
-def _bar(run: _Run) -> Any:
+def progress_bar(run: Run) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=run.epochs, unit="epoch", desc="fit")
@@ -277,8 +304,8 @@ def fit(
     DivergenceError when the loss becomes non-finite, or an epoch's is 100 times both the one at the start and that of a model that
     always answers zero; the last finite parameters are then kept.
     """
-    run = _Run(model, X, y, loss, optimizer, epochs, batch_size, shuffle, seed)
-    bar = _bar(run) if progress else None
+    run = Run(model, X, y, loss, optimizer, epochs, batch_size, shuffle, seed)
+    bar = progress_bar(run) if progress else None
 
     def show() -> None:
         done = int(np.count_nonzero(run.losses))
@@ -295,15 +322,4 @@ def fit(
         seconds = time.perf_counter() - begin
         if bar is not None:
             bar.close()
-    curve = run.losses / run.y.size if loss.reduction == "mean" else run.losses
-    history = History(curve.tolist(), seconds, run.rows * run.epochs / max(seconds, 1e-9), [r[2] for r in run.ranges])
-    model.training = {
-        "optimizer": type(optimizer).__name__,
-        "lr": history.lr[0],
-        "epochs": run.epochs,
-        "batch_size": run.batch_size,
-        "rows": run.rows,
-        "loss": [float(f"{value:.6g}") for value in history.loss[:: -(-run.epochs // 256)]],
-        "final_loss": history.loss[-1],
-    }
-    return history
+    return run.finish(seconds)

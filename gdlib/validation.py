@@ -59,9 +59,7 @@ def as_training_rows(value: Any, columns: int, dtype: np.dtype[Any]) -> npt.NDAr
     """X for fit: exactly two dimensions, at least one row."""
     array = as_array(value, "X")
     if array.ndim != 2:
-        raise ValueError(
-            f"X has shape {array.shape}; [rows, {columns}] is wanted. One row is X[None, :], one feature X[:, None]."
-        )
+        raise ValueError(f"X has shape {array.shape}; [rows, {columns}] is wanted. One row is X[None, :], one feature X[:, None].")
     if array.shape[0] == 0:
         raise ValueError(f"X has shape {array.shape}; there are no rows to learn from.")
     return as_rows(array, columns, dtype, "X")

@@ -79,9 +79,17 @@ def test_any_leading_dimensions(shape, outputs):
 @pytest.mark.parametrize(
     "convert",
     [
-        lambda x: x.astype(np.float64), lambda x: x.astype(np.int32), lambda x: x.astype(np.uint8), lambda x: x > 2,
-        lambda x: x.astype(">f4"), lambda x: x.astype(np.float16), np.asfortranarray, lambda x: x.tolist(),
-        lambda x: np.repeat(x, 2, axis=1)[:, ::2], lambda x: x[::-1][::-1], lambda x: np.frombuffer(b"0" + x.tobytes(), np.uint8)[1:].view("f4").reshape(x.shape),
+        lambda x: x.astype(np.float64),
+        lambda x: x.astype(np.int32),
+        lambda x: x.astype(np.uint8),
+        lambda x: x > 2,
+        lambda x: x.astype(">f4"),
+        lambda x: x.astype(np.float16),
+        np.asfortranarray,
+        lambda x: x.tolist(),
+        lambda x: np.repeat(x, 2, axis=1)[:, ::2],
+        lambda x: x[::-1][::-1],
+        lambda x: np.frombuffer(b"0" + x.tobytes(), np.uint8)[1:].view("f4").reshape(x.shape),
     ],
     ids=["float64", "int32", "uint8", "bool", "big-endian", "float16", "fortran", "list", "strided", "reversed", "unaligned"],
 )

@@ -72,8 +72,12 @@ def test_every_truncation_is_refused(tmp_path):
 def header_with(**changes):
     architecture = {"type": "Linear", "in_features": 2, "out_features": 1, "bias": True, "dtype": "float32"}
     metadata = {
-        "format": "gdlib", "format_version": "1", "architecture": json.dumps(architecture),
-        "feature_names": "null", "target_names": "null", "training": "null",
+        "format": "gdlib",
+        "format_version": "1",
+        "architecture": json.dumps(architecture),
+        "feature_names": "null",
+        "target_names": "null",
+        "training": "null",
     }
     return {key: value for key, value in (metadata | changes).items() if value is not None}
 

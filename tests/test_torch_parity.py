@@ -59,9 +59,7 @@ def test_the_readable_loop_follows_pytorch(pinned, dtype, number):
 def test_fit_follows_pytorch(pinned, dtype, number):
     model, X, y = start(dtype)
     optimizer = gdlib.SGD(model.parameters(), **pins.OPTIONS[number])
-    history = gdlib.fit(
-        model, X, y, loss=gdlib.MSELoss(), optimizer=optimizer, epochs=pins.EPOCHS, batch_size=pins.BATCH, shuffle=False
-    )
+    history = gdlib.fit(model, X, y, loss=gdlib.MSELoss(), optimizer=optimizer, epochs=pins.EPOCHS, batch_size=pins.BATCH, shuffle=False)
     wanted = pinned[dtype][number]
     sizes = [min(pins.BATCH, pins.ROWS - begin) for begin in range(0, pins.ROWS, pins.BATCH)]
     by_epoch = np.array(wanted["losses"]).reshape(pins.EPOCHS, -1) @ sizes / pins.ROWS
@@ -99,7 +97,9 @@ def test_linear_forward_and_gradients_match_pytorch_live():
         their_loss.backward()
         assert loss == pytest.approx(their_loss.item(), rel=1e-13)
         for got, wanted in [
-            (input_gradient, x_torch.grad), (model.weight.grad, theirs.weight.grad), (model.bias.grad, theirs.bias.grad),
+            (input_gradient, x_torch.grad),
+            (model.weight.grad, theirs.weight.grad),
+            (model.bias.grad, theirs.bias.grad),
         ]:
             np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-11, atol=1e-13)
 

@@ -56,9 +56,7 @@ def test_the_readable_loop_and_fit_agree(dtype, rtol, options, outputs, reductio
             loop.backward(criterion.backward())
             optimizer.step()
         losses.append(total)
-    history = fit(
-        native, X, y, loss=criterion, optimizer=SGD(native.parameters(), lr=lr, **options), epochs=100, batch_size=32, seed=0
-    )
+    history = fit(native, X, y, loss=criterion, optimizer=SGD(native.parameters(), lr=lr, **options), epochs=100, batch_size=32, seed=0)
     np.testing.assert_allclose(native.weight.data, loop.weight.data, rtol=rtol, atol=rtol * np.abs(loop.weight.data).max())
     np.testing.assert_allclose(native.bias.data, loop.bias.data, rtol=rtol)
     np.testing.assert_allclose(history.loss, losses, rtol=max(rtol, 1e-11))
@@ -226,6 +224,13 @@ def test_divergence_is_an_error_and_finite_parameters_remain(dtype, optimizer, l
     steps_per_epoch = 1 if optimizer is GD else 16
     assert (caught.value.step - 1) // steps_per_epoch + 1 == caught.value.epoch
     run(X, y, dtype=dtype, optimizer=optimizer, lr=0.8 * caught.value.stable_lr, epochs=200, seed=0)
+
+
+def test_an_explosion_below_the_end_of_the_numbers_is_found_too():
+    X, y = problem()
+    for target in (y, 0 * y):
+        with pytest.raises(DivergenceError, match="the loss has grown to"):
+            run(X, target, optimizer=GD, lr=1.0, epochs=40)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -104,7 +104,7 @@ Rows<T> read_rows(py::handle value, const char* name) {
     if (array.strides(0) < 0 || array.strides(0) % item) throw py::value_error(std::string(name) + " has rows out of order.");
     stride = static_cast<std::size_t>(array.strides(0) / item);
   }
-  if (cols > 1 && array.strides(1) != item) throw py::value_error(std::string(name) + " has rows that are not contiguous.");
+  if (rows > 0 && cols > 1 && array.strides(1) != item) throw py::value_error(std::string(name) + " has rows that are not contiguous.");
   return {static_cast<const T*>(array.data()), rows, cols, stride};
 }
 

@@ -153,7 +153,7 @@ Array order_of(std::uint64_t seed, std::uint32_t rows) {
 Array take_rows(const Array& source, const Array& order, std::size_t begin, std::size_t end) {
   const py::array array = as_array(source, "the array");
   const Flat<const std::uint32_t> index = read_flat<std::uint32_t>(order, "order");
-  if (array.ndim() < 1 || !(array.flags() & py::array::c_style) || array.dtype().kind() == 'O')
+  if (array.ndim() < 1 || !(array.flags() & py::array::c_style) || array.dtype().attr("hasobject").cast<bool>())
     throw py::value_error("the array must be C-contiguous, with one dimension or more, and hold no Python objects.");
   if (begin > end || end > index.size) throw py::value_error("the range does not lie inside the order.");
   const auto rows = static_cast<std::size_t>(array.shape(0));

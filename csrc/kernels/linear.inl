@@ -1,21 +1,45 @@
-// A linear layer with few outputs, and its fused training step: rows are visited in groups of one vector's lanes.
+// A linear layer with few outputs, and its fused training step.
 //
-// A dot product keeps one accumulator vector per row and folds all of a group's accumulators by one tree, so that lane l holds row l's
-// sum; a gradient keeps several chains per vector of features, because one chain would wait for each addition. Accumulates in T; sums of
-// losses are returned in double. Rows are read where they lie: shuffled rows are not copied.
+// Rows are visited in blocks that stay in the L1 cache, each block twice: dot products first, then the gradient. A dot product keeps one
+// accumulator vector per row and folds those of a group (one row for each lane) by one tree, so that lane l holds row l's sum; a gradient
+// keeps several chains per vector of features, because one chain would wait for each addition. Accumulates in T; sums of losses are
+// returned in double. Rows are read where they lie: shuffled rows are not copied.
 
 namespace gdlib {
 namespace {
 
-// Pointers to the rows of one group. Past the last row the first one stands in: its results are dropped.
+// A block of rows, padded to whole groups: past the last row the first one stands in, and its results are dropped or weighed with zero.
 template <class T>
-struct Group {
-  const T* row[lanes<T>];
+struct Block {
+  static constexpr size_t most = 64;  // rows: enough to pay for touching the gradient once a block
+  static_assert(most % lanes<T> == 0, "a block holds whole groups");
+
+  size_t present;
+  size_t padded;
+  const T* row[most];
+  T factor[most] __attribute__((aligned(lane_bytes)));  // of each row in the gradient
+
+  // Rows first, first + 1, ... of x, by way of the index where there is one.
+  void gather(const T* x, size_t x_stride, const uint32_t* index, size_t first, size_t count) {
+    present = count;
+    padded = (count + lanes<T> - 1) / lanes<T> * lanes<T>;
+    if (index)
+      for (size_t l = 0; l < count; ++l) row[l] = x + index[first + l] * x_stride;
+    else
+      for (size_t l = 0; l < count; ++l) row[l] = x + (first + l) * x_stride;
+    for (size_t l = count; l < padded; ++l) row[l] = row[0];
+  }
+
+  // Rows that fit 16 KiB, half of the smallest L1 in use; at least one group.
+  static size_t rows_for(size_t in_features) {
+    const size_t fitting = (16u << 10) / (in_features * sizeof(T) + 1) / lanes<T> * lanes<T>;
+    return fitting < lanes<T> ? lanes<T> : fitting > most ? most : fitting;
+  }
 };
 
-// outputs[l] = row[l] . weight
+// Lane l of the result: row[l] . weight
 template <class T>
-inline Vector<T> group_dot(const Group<T>& group, size_t in_features, const T* weight) {
+inline Vector<T> group_dot(const T* const* row, size_t in_features, const T* weight) {
   constexpr size_t w = lanes<T>;
   Vector<T> sum[w];
 #pragma GCC unroll 16
@@ -24,61 +48,50 @@ inline Vector<T> group_dot(const Group<T>& group, size_t in_features, const T* w
   for (; j + w <= in_features; j += w) {
     const Vector<T> wj = load(weight + j);
 #pragma GCC unroll 16
-    for (size_t l = 0; l < w; ++l) sum[l] = fma(load(group.row[l] + j), wj, sum[l]);
+    for (size_t l = 0; l < w; ++l) sum[l] = fma(load(row[l] + j), wj, sum[l]);
   }
   if (j < in_features) {
     const size_t tail = in_features - j;
     const Vector<T> wj = load_partial(weight + j, tail);
 #pragma GCC unroll 16
-    for (size_t l = 0; l < w; ++l) sum[l] = fma(load_partial(group.row[l] + j, tail), wj, sum[l]);
+    for (size_t l = 0; l < w; ++l) sum[l] = fma(load_partial(row[l] + j, tail), wj, sum[l]);
   }
-  return sum_each<T>(sum);
+  return sum_each<0, (int)w>([&](int l) { return sum[l]; });
 }
 
-// gradient[in_features] (+)= sum over the group of factor[l] * row[l]; factor is zero for absent rows.
-template <class T>
-inline void group_gradient(const Group<T>& group, size_t in_features, const T* factor, bool accumulate, T* gradient) {
+// gradient[Vectors * lanes] (+)= sum over the block of factor * row, for Vectors whole vectors of features or, with a tail, part of one.
+template <int Vectors, int Chains, bool Tail, class T>
+inline void block_gradient_part(const Block<T>& block, size_t j, size_t tail, bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
-  constexpr size_t chains = w < 4 ? w : 4;  // x 2 vectors of features below: 8, the latency (4) times the ports (2) of an FMA
-  size_t j = 0;
-  for (; j + 2 * w <= in_features; j += 2 * w) {
-    Vector<T> sum[2][chains];
-    for (size_t c = 0; c < chains; ++c) sum[0][c] = sum[1][c] = zero<T>();
-#pragma GCC unroll 16
-    for (size_t l = 0; l < w; ++l) {
-      const Vector<T> f = broadcast(factor[l]);
-      sum[0][l % chains] = fma(load(group.row[l] + j), f, sum[0][l % chains]);
-      sum[1][l % chains] = fma(load(group.row[l] + j + w), f, sum[1][l % chains]);
+  Vector<T> sum[Vectors][Chains];
+  for (int v = 0; v < Vectors; ++v)
+    for (int c = 0; c < Chains; ++c) sum[v][c] = zero<T>();
+  for (size_t l = 0; l < block.padded; l += Chains)
+#pragma GCC unroll 8
+    for (int c = 0; c < Chains; ++c) {
+      const Vector<T> factor = broadcast(block.factor[l + c]);
+      const T* const row = block.row[l + c] + j;
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) sum[v][c] = fma(Tail ? load_partial(row, tail) : load(row + v * w), factor, sum[v][c]);
     }
-    for (size_t k = 0; k < 2; ++k) {
-      Vector<T> total = accumulate ? load(gradient + j + k * w) : zero<T>();
-      for (size_t c = 0; c < chains; c += 2) total += sum[k][c] + sum[k][c + 1];
-      store(gradient + j + k * w, total);
-    }
-  }
-  for (; j < in_features; j += w) {
-    const size_t count = in_features - j;
-    Vector<T> sum[chains];
-    for (size_t c = 0; c < chains; ++c) sum[c] = zero<T>();
-    if (count >= w) {
-#pragma GCC unroll 16
-      for (size_t l = 0; l < w; ++l) sum[l % chains] = fma(load(group.row[l] + j), broadcast(factor[l]), sum[l % chains]);
-    } else {
-#pragma GCC unroll 16
-      for (size_t l = 0; l < w; ++l)
-        sum[l % chains] = fma(load_partial(group.row[l] + j, count), broadcast(factor[l]), sum[l % chains]);
-    }
-    Vector<T> total = accumulate ? load_up_to(gradient + j, count) : zero<T>();
-    for (size_t c = 0; c < chains; c += 2) total += sum[c] + sum[c + 1];
-    store_up_to(gradient + j, total, count);
+  for (int v = 0; v < Vectors; ++v) {
+    T* const out = gradient + j + v * w;
+    Vector<T> total = !accumulate ? zero<T>() : Tail ? load_partial(out, tail) : load(out);
+    for (int c = 0; c < Chains; c += 2) total += sum[v][c] + sum[v][c + 1];
+    Tail ? store_partial(out, total, tail) : store(out, total);
   }
 }
 
+// gradient[in_features] (+)= sum over the block of factor[l] * row[l]
 template <class T>
-inline Group<T> group_at(const T* x, size_t x_stride, size_t first, size_t present) {
-  Group<T> group;
-  for (size_t l = 0; l < lanes<T>; ++l) group.row[l] = x + (first + (l < present ? l : 0)) * x_stride;
-  return group;
+inline void block_gradient(const Block<T>& block, size_t in_features, bool accumulate, T* gradient) {
+  constexpr size_t w = lanes<T>;
+  // Vectors x chains is 8 or fewer: the latency (4) times the ports (2) of a fused multiply-add. A group has 2 rows at least.
+  constexpr int chains = w < 4 ? 2 : 4;
+  size_t j = 0;
+  for (; j + 4 * w <= in_features; j += 4 * w) block_gradient_part<4, 2, false>(block, j, 0, accumulate, gradient);
+  for (; j + w <= in_features; j += w) block_gradient_part<1, chains, false>(block, j, 0, accumulate, gradient);
+  if (j < in_features) block_gradient_part<1, chains, true>(block, j, in_features - j, accumulate, gradient);
 }
 
 // y[rows, out] = x[rows, in] weight^T + bias
@@ -86,11 +99,12 @@ template <class T>
 void linear_forward(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride, const T* weight, const T* bias,
                     T* y) {
   constexpr size_t w = lanes<T>;
+  Block<T> group;
   for (size_t first = 0; first < rows; first += w) {
     const size_t present = rows - first < w ? rows - first : w;
-    const Group<T> group = group_at(x, x_stride, first, present);
+    group.gather(x, x_stride, nullptr, first, present);
     for (size_t o = 0; o < out_features; ++o) {
-      Vector<T> output = group_dot(group, in_features, weight + o * in_features);
+      Vector<T> output = group_dot(group.row, in_features, weight + o * in_features);
       if (bias) output += broadcast(bias[o]);
       if (out_features == 1)
         store_up_to(y + first, output, present);
@@ -104,16 +118,28 @@ void linear_forward(size_t rows, size_t in_features, size_t out_features, const 
 template <class T>
 void linear_gradient(size_t rows, size_t in_features, size_t out_features, const T* g, const T* x, size_t x_stride, T* weight_gradient,
                      T* bias_gradient) {
-  constexpr size_t w = lanes<T>;
-  for (size_t first = 0; first < rows; first += w) {
-    const size_t present = rows - first < w ? rows - first : w;
-    const Group<T> group = group_at(x, x_stride, first, present);
+  Block<T> block;
+  const size_t block_rows = Block<T>::rows_for(in_features);
+  for (size_t first = 0; first < rows; first += block_rows) {
+    block.gather(x, x_stride, nullptr, first, rows - first < block_rows ? rows - first : block_rows);
     for (size_t o = 0; o < out_features; ++o) {
-      T factor[w] = {};
-      for (size_t l = 0; l < present; ++l) factor[l] = g[(first + l) * out_features + o];
-      group_gradient(group, in_features, factor, true, weight_gradient + o * in_features);
-      if (bias_gradient) bias_gradient[o] += sum_lanes<T>(load(factor));
+      Vector<T> sum = zero<T>();
+      for (size_t l = 0; l < block.padded; ++l) block.factor[l] = l < block.present ? g[(first + l) * out_features + o] : T(0);
+      for (size_t l = 0; l < block.padded; l += lanes<T>) sum += load(block.factor + l);
+      block_gradient(block, in_features, true, weight_gradient + o * in_features);
+      if (bias_gradient) bias_gradient[o] += sum_lanes<T>(sum);
     }
+  }
+}
+
+// Asks for rows that will be visited next: shuffled rows have no pattern that the hardware could follow.
+template <class T>
+inline void prefetch_rows(const LinearStep<T>& s, size_t begin, size_t end) {
+  constexpr size_t line_elements = 64 / sizeof(T);
+  for (size_t r = begin; r < end; ++r) {
+    const T* const row = s.x + s.index[r] * s.x_stride;
+    for (size_t j = 0; j < s.in_features; j += line_elements) __builtin_prefetch(row + j);
+    __builtin_prefetch(row + s.in_features - 1);
   }
 }
 
@@ -121,44 +147,38 @@ void linear_gradient(size_t rows, size_t in_features, size_t out_features, const
 template <class T>
 double linear_step(const LinearStep<T>& s) {
   constexpr size_t w = lanes<T>;
-  constexpr size_t line_elements = 64 / sizeof(T);  // one cache line
   const size_t in = s.in_features, out = s.out_features;
+  const size_t block_rows = Block<T>::rows_for(in);
+  const size_t visited = s.rows + s.rows_ahead;
+  Block<T> block;
   double loss = 0;
-  for (size_t first = 0; first < s.rows; first += w) {
-    const size_t present = s.rows - first < w ? s.rows - first : w;
-    size_t number[w];
-    Group<T> group;
-    for (size_t l = 0; l < w; ++l) {
-      const size_t r = first + (l < present ? l : 0);
-      number[l] = s.index ? s.index[r] : r;
-      group.row[l] = s.x + number[l] * s.x_stride;
-    }
-    // The next group's rows are asked for while this one computes: shuffled rows have no pattern that the hardware could follow.
-    if (first + w < s.rows + s.rows_ahead) {
-      const size_t end = first + 2 * w < s.rows + s.rows_ahead ? first + 2 * w : s.rows + s.rows_ahead;
-      for (size_t r = first + w; r < end; ++r) {
-        const T* row = s.x + (s.index ? s.index[r] : r) * s.x_stride;
-        for (size_t j = 0; j < in; j += line_elements) __builtin_prefetch(row + j);
-        __builtin_prefetch(row + in - 1);
-      }
-    }
+  for (size_t first = 0; first < s.rows; first += block_rows) {
+    const size_t end = s.rows - first < block_rows ? s.rows : first + block_rows;
+    block.gather(s.x, s.x_stride, s.index, first, end - first);
+    if (s.index && visited > s.rows) prefetch_rows(s, end, visited - end < block_rows ? visited : end + block_rows);
     for (size_t o = 0; o < out; ++o) {
-      Vector<T> residual = group_dot(group, in, s.weight + o * in);
-      if (s.bias) residual += broadcast(s.bias[o]);
-      T factor[w] __attribute__((aligned(lane_bytes)));
-      if (s.target) {
-        for (size_t l = 0; l < w; ++l) factor[l] = s.target[number[l] * out + o];
-        residual -= load(factor);
+      if (s.target)
+        for (size_t l = 0; l < block.padded; ++l) {
+          const size_t r = first + (l < block.present ? l : 0);
+          block.factor[l] = s.target[(s.index ? s.index[r] : r) * out + o];
+        }
+      Vector<T> bias_sum = zero<T>(), loss_sum = zero<T>();
+      for (size_t l = 0; l < block.padded; l += w) {
+        Vector<T> residual = group_dot(block.row + l, in, s.weight + o * in);
+        if (s.bias) residual += broadcast(s.bias[o]);
+        if (s.target) residual -= load(block.factor + l);
+        if (block.present - l < w) {
+          store(block.factor + l, residual);
+          residual = load_partial(block.factor + l, block.present - l);
+        }
+        const Vector<T> gradient = SquaredError::gradient(residual);
+        store(block.factor + l, gradient);
+        bias_sum += gradient;
+        loss_sum += SquaredError::term(residual);
       }
-      if (present < w) {
-        store(factor, residual);
-        residual = load_partial(factor, present);
-      }
-      const Vector<T> gradient = SquaredError::gradient(residual);
-      store(factor, gradient);
-      group_gradient(group, in, factor, first != 0, s.weight_gradient + o * in);
-      if (s.bias_gradient) s.bias_gradient[o] = (first ? s.bias_gradient[o] : T(0)) + sum_lanes<T>(gradient);
-      loss += (double)sum_lanes<T>(SquaredError::term(residual));
+      block_gradient(block, in, first != 0, s.weight_gradient + o * in);
+      if (s.bias_gradient) s.bias_gradient[o] = (first ? s.bias_gradient[o] : T(0)) + sum_lanes<T>(bias_sum);
+      loss += (double)sum_lanes<T>(loss_sum);
     }
   }
   return loss;

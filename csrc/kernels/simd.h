@@ -6,7 +6,6 @@
 
 #include <stddef.h>
 #include <stdint.h>
-#include <string.h>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -105,12 +104,12 @@ inline Vector<double> fma(Vector<double> a, Vector<double> b, Vector<double> c) 
 template <class T>
 inline Vector<T> load_partial(const T* p, size_t count) {
   Vector<T> v{};
-  memcpy(&v, p, count * sizeof(T));
+  for (size_t i = 0; i < count; ++i) v[i] = p[i];
   return v;
 }
 template <class T>
 inline void store_partial(T* p, Vector<T> v, size_t count) {
-  memcpy(p, &v, count * sizeof(T));
+  for (size_t i = 0; i < count; ++i) p[i] = v[i];
 }
 #if defined(__ARM_NEON) && defined(GDLIB_NEON)
 inline Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
@@ -158,15 +157,17 @@ inline V add_across(V a, V b, Sequence<L...>) {
          __builtin_shufflevector(a, b, ((L & S) ? (L ^ S) + n : (L ^ S))...);
 }
 
-// Lane l of the result is the sum over all lanes of v[l]. The additions form the same tree for every l. Overwrites v[lanes].
-template <class T, int S = 1>
-inline Vector<T> sum_each(Vector<T>* v) {
-  constexpr int n = lanes<T>;
-  if constexpr (S == n) {
-    return v[0];
+// Lane l of the result is the sum over all lanes of leaf(l), for l from First to First + Count - 1. The additions form the same tree for
+// every l; leaves are asked for in order, so that few vectors are alive at a time.
+template <int First, int Count, class Leaf>
+inline auto sum_each(const Leaf& leaf) {
+  if constexpr (Count == 1) {
+    return leaf(First);
   } else {
-    for (int i = 0; i < n; i += 2 * S) v[i] = add_across<S>(v[i], v[i + S], typename MakeSequence<n>::type{});
-    return sum_each<T, 2 * S>(v);
+    constexpr int half = Count / 2;
+    const auto a = sum_each<First, half>(leaf);
+    const auto b = sum_each<First + half, half>(leaf);
+    return add_across<half>(a, b, typename MakeSequence<(int)(sizeof(a) / sizeof(a[0]))>::type{});
   }
 }
 

@@ -30,9 +30,9 @@ from gdlib import _core, validation
 from gdlib.config import set_num_threads
 from gdlib.distributed import averaging
 from gdlib.losses import MSELoss
-from gdlib.nn import _LINE_BYTES, Linear
+from gdlib.nn import LINE_BYTES, Linear
 from gdlib.optim import GD, SGD
-from gdlib.training import EXPLOSION, History, _bar, _Run
+from gdlib.training import History, Run, progress_bar
 
 _START = "at its start"
 _COPY_BYTES = 8 << 20  # of rows at a time: still in the cache when they are checked, and Ctrl-C is answered between two
@@ -55,8 +55,8 @@ class _Job:
     def states(self) -> npt.NDArray[Any]:
         """[workers + 1, state_size]: the average, then each worker's state. The same bytes in every process, since mappings are pages."""
         raw = np.frombuffer(self.memory, np.uint8)
-        start = -raw.ctypes.data % _LINE_BYTES
-        states = raw[start : start + len(raw) - _LINE_BYTES].view(self.dtype)
+        start = -raw.ctypes.data % LINE_BYTES
+        states = raw[start : start + len(raw) - LINE_BYTES].view(self.dtype)
         return states.reshape(self.workers + 1, -1)[:, : self.task.state_size]
 
     def map_rows(self, directory: Path, mode: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -66,7 +66,7 @@ class _Job:
 
 def _memory_size(workers: int, state_bytes: int) -> int:
     """Every state has cache lines of its own, so that no two workers write to the same one; one more is for alignment."""
-    return (workers + 1) * -(-state_bytes // _LINE_BYTES) * _LINE_BYTES + _LINE_BYTES
+    return (workers + 1) * -(-state_bytes // LINE_BYTES) * LINE_BYTES + LINE_BYTES
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class _Workers:
         return answer
 
 
-def _write_rows(run: _Run, job: _Job, order: npt.NDArray[np.uint32] | None, directory: Path) -> None:
+def _write_rows(run: Run, job: _Job, order: npt.NDArray[np.uint32] | None, directory: Path) -> None:
     """X and y in `order`, so that a shard is a slice. Raises ValueError for NaN and infinity, OSError where the disk is full."""
     maps = job.map_rows(directory, "w+")
     for name, rows in zip("Xy", maps, strict=True):
@@ -211,31 +211,21 @@ def _write_rows(run: _Run, job: _Job, order: npt.NDArray[np.uint32] | None, dire
             else:
                 np.take(source, order[begin : begin + step], axis=0, out=into, mode="clip")  # "raise" would copy twice
             if not _core.all_finite(into):
-                run._require_finite_data()
+                run.require_finite_data()
 
 
-def _round(run: _Run, workers: _Workers, states: npt.NDArray[Any], number: int) -> float:
+def _round(run: Run, workers: _Workers, states: npt.NDArray[Any], number: int) -> float:
     """One round of every worker and the average, in states[0]; returns the sum of squared errors over all rows. Raises DivergenceError."""
     job, where = workers.job, f"in round {number + 1}"
     workers.send((number, None if run.seeds is None else int(run.seeds[number])))
     results = workers.collect(where)
     for rank, (stop, steps, _) in enumerate(results):
         if stop != "finished":
-            raise run._divergence(f"{where} the loss of worker {rank} is no longer finite", number + 1, number * job.task.steps + steps + 1)
+            raise run.divergence(f"{where} the loss of worker {rank} is no longer finite", number + 1, number * job.task.steps + steps + 1)
     if not averaging.average(states[1:], states[0]):
-        raise run._divergence(f"{where} the average is no longer finite", number + 1, (number + 1) * job.task.steps)
+        raise run.divergence(f"{where} the average is no longer finite", number + 1, (number + 1) * job.task.steps)
     # Shards may share rows: back to the scale of `rows` rows.
     return float(sum(loss for _, _, loss in results) * (run.rows / (job.workers * -(-run.rows // job.workers))))
-
-
-def _require_no_explosion(run: _Run, task: averaging.Round, number: int) -> None:
-    """Raises DivergenceError where gdlib.fit does: an epoch far worse than both the start and a model that answers zero."""
-    loss, limit = run.losses[number], EXPLOSION * float(np.vdot(run.y, run.y))
-    if any(r[7] for r in run.ranges) or loss <= limit:
-        return
-    if loss > EXPLOSION * _core.squared_error(run.X, run.y, run.start, task.has_bias):
-        what = f"in round {number + 1} the loss of all workers has grown to {loss / run.y.size:.3g}"
-        raise run._divergence(what, number + 1, (number + 1) * task.steps)
 
 
 def fit(
@@ -271,7 +261,7 @@ def fit(
     if isinstance(optimizer, GD):
         raise ValueError("GD takes all rows at each step, and leaves nothing to average; use gdlib.fit, whose threads share the rows.")
     workers = validation.as_count(workers, "workers")
-    run = _Run(model, X, y, loss, optimizer, epochs, batch_size, shuffle, seed)
+    run = Run(model, X, y, loss, optimizer, epochs, batch_size, shuffle, seed)
     shard_rows = averaging.shards(run.rows, workers)[0].stop
     task = averaging.Round(
         parameters=run.arena.data.size,
@@ -297,11 +287,11 @@ def fit(
                 pool.collect(_START)
             # The files are gone; their contents last as long as the workers' maps.
             begin = time.perf_counter()
-            with _bar(run) if progress else nullcontext() as bar:
+            with progress_bar(run) if progress else nullcontext() as bar:
                 for number in range(run.epochs):
                     run.losses[number] = _round(run, pool, states, number)
                     kept = states[0].copy()
-                    _require_no_explosion(run, task, number)
+                    run.check_explosion(number + 1, (number + 1) * task.steps)
                     if bar is not None:
                         bar.set_postfix(loss=f"{run.losses[number] / run.y.size:.4g}", refresh=False)
                         bar.update()
@@ -310,16 +300,4 @@ def fit(
         if kept is not None:
             run.arena.data[:] = kept[: task.parameters]
             optimizer.set_momentum_buffer(kept[task.parameters :] if task.has_momentum else None)
-    curve = run.losses / run.y.size if task.mean else run.losses
-    history = History(curve.tolist(), seconds, run.rows * run.epochs / max(seconds, 1e-9), [r[2] for r in run.ranges])
-    model.training = {
-        "optimizer": type(optimizer).__name__,
-        "lr": history.lr[0],
-        "epochs": run.epochs,
-        "batch_size": run.batch_size,
-        "rows": run.rows,
-        "loss": [float(f"{value:.6g}") for value in history.loss[:: -(-run.epochs // 256)]],
-        "final_loss": history.loss[-1],
-        "workers": workers,
-    }
-    return history
+    return run.finish(seconds, workers=workers)

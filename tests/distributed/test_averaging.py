@@ -11,6 +11,7 @@ from gdlib.distributed import averaging
 sizes = st.integers(1, 2000)
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(1, 64))
 def test_shards_are_equal_and_hold_every_row(rows, workers):
     if rows < workers:
@@ -30,12 +31,14 @@ def test_shards_are_equal_and_hold_every_row(rows, workers):
         assert held.max() == 1
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(1, 100))
 def test_steps_per_round_reach_the_last_row(rows, batch_size):
     steps = averaging.steps_per_round(rows, batch_size)
     assert (steps - 1) * batch_size < rows <= steps * batch_size
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**64 - 1), sizes)
 def test_global_order_is_a_permutation_and_the_seeds_own(seed, rows):
     order = averaging.global_order(seed, rows)
@@ -50,6 +53,7 @@ def test_global_order_spreads_sorted_rows_over_all_shards():
     np.testing.assert_allclose(means, 4999.5, atol=5 * 10_000 / np.sqrt(12 * 2500))  # 5 standard errors
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 70), st.sampled_from([np.float32, np.float64]), st.integers(0, 2**32 - 1))
 def test_average_is_the_mean_in_rank_order(workers, size, dtype, seed):
     padded = np.random.default_rng(seed).standard_normal((workers + 1, size + 5)).astype(dtype)

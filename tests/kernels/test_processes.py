@@ -15,7 +15,7 @@ def run_python(code, **environment):
     inherited = {name: value for name, value in os.environ.items() if name not in ("GDLIB_ISA", "GDLIB_NUM_THREADS")}
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", textwrap.dedent(code)],
         env=inherited | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
