@@ -24,14 +24,13 @@ def descend(x, target, parameters, has_bias, epoch_seeds, losses):
 
 
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("seed", [None, 7], ids=["in-order", "shuffled"])
-def test_small_sizes(isa, dtype, has_bias, seed):
-    """Every number of rows and of features from 1 to 67, and 1 to 5 outputs."""
+def test_small_sizes(isa, dtype, has_bias):
+    """Every number of rows and of features from 1 to 67, and 1 to 5 outputs; shuffled where rows + in_features is odd."""
     rng = np.random.default_rng(3)
     x, target = values(rng, (LARGEST, LARGEST), dtype), values(rng, (LARGEST, MOST_OUTPUTS), dtype)
     weight, bias = values(rng, (MOST_OUTPUTS, LARGEST), dtype), values(rng, MOST_OUTPUTS, dtype)
     targets = {(n, out): poisoned(target[:n, :out]) for n in range(1, LARGEST + 1) for out in range(1, MOST_OUTPUTS + 1)}
-    seeds = None if seed is None else np.array([seed], np.uint64)
+    seeds = np.array([7], np.uint64)
     for width in range(1, LARGEST + 1):
         batches = [poisoned(x[:n, :width], row_gap=n % 4) for n in range(1, LARGEST + 1)]
         step = oracle.linear_step(x[:, :width], target, weight[:, :width], bias if has_bias else None)
@@ -46,7 +45,19 @@ def test_small_sizes(isa, dtype, has_bias, seed):
             for i, batch in enumerate(batches):
                 n = i + 1
                 stop, done, first_loss = _core.train(
-                    batch, targets[n, out], after[i], None, has_bias, ranges, n, seeds, 0, 1, False, 0.0, losses[i:n]
+                    batch,
+                    targets[n, out],
+                    after[i],
+                    None,
+                    has_bias,
+                    ranges,
+                    n,
+                    seeds if (n + width) % 2 else None,
+                    0,
+                    1,
+                    False,
+                    0.0,
+                    losses[i:n],
                 )
                 assert (stop, done) == ("finished", 1)
                 first_losses.append(first_loss * n * out)

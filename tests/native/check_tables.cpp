@@ -1,0 +1,161 @@
+// Compares every kernel table that this machine can run with plain loops in double: the check for a machine without Python, such as one
+// that an emulator provides. Built and run by tests/native/cross_check.sh; ends with a line "N passed, M failed".
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../../csrc/dispatch/dispatch.h"
+#include "../../csrc/engine/linear.h"
+#include "../../csrc/engine/parallel.h"
+#include "../../csrc/engine/random.h"
+
+namespace {
+
+int passed = 0, failed = 0;
+
+void expect(bool good, const std::string& what) {
+  ++(good ? passed : failed);
+  if (!good) std::printf("failed: %s on %s\n", what.c_str(), gdlib::kernels().isa);
+}
+
+template <class T>
+std::vector<T> numbers(std::size_t n, std::uint64_t seed) {
+  std::vector<T> values(n);
+  gdlib::fill_uniform(seed, 1.0, n, values.data());
+  return values;
+}
+
+// |got - wanted| is at most k + 2 roundings of the terms' magnitude.
+template <class T>
+bool close(T got, double wanted, double magnitude, std::size_t k) {
+  return std::abs(static_cast<double>(got) - wanted) <= (static_cast<double>(k) + 2.0) * std::numeric_limits<T>::epsilon() * magnitude;
+}
+
+template <class T>
+void check_layer(std::size_t rows, std::size_t in, std::size_t out) {
+  const auto x = numbers<T>(rows * in, 1), w = numbers<T>(out * in, 2), b = numbers<T>(out, 3), g = numbers<T>(rows * out, 4);
+  std::vector<T> y(rows * out), gw(out * in), gb(out), gx(rows * in);
+  gdlib::linear_forward<T>(rows, in, out, x.data(), in, w.data(), b.data(), y.data());
+  gdlib::linear_backward<T>(rows, in, out, g.data(), x.data(), in, w.data(), gw.data(), gb.data(), gx.data());
+  bool good = true;
+  for (std::size_t r = 0; r < rows; ++r)
+    for (std::size_t o = 0; o < out; ++o) {
+      double sum = b[o], size = std::abs(static_cast<double>(b[o]));
+      for (std::size_t j = 0; j < in; ++j) {
+        const double term = static_cast<double>(x[r * in + j]) * w[o * in + j];
+        sum += term;
+        size += std::abs(term);
+      }
+      good = good && close(y[r * out + o], sum, size, in);
+    }
+  for (std::size_t o = 0; o < out; ++o)
+    for (std::size_t j = 0; j < in; ++j) {
+      double sum = 0, size = 0;
+      for (std::size_t r = 0; r < rows; ++r) {
+        const double term = static_cast<double>(g[r * out + o]) * x[r * in + j];
+        sum += term;
+        size += std::abs(term);
+      }
+      good = good && close(gw[o * in + j], sum, size, rows);
+    }
+  for (std::size_t r = 0; r < rows; ++r)
+    for (std::size_t j = 0; j < in; ++j) {
+      double sum = 0, size = 0;
+      for (std::size_t o = 0; o < out; ++o) {
+        const double term = static_cast<double>(g[r * out + o]) * w[o * in + j];
+        sum += term;
+        size += std::abs(term);
+      }
+      good = good && close(gx[r * in + j], sum, size, out);
+    }
+  expect(good, "layer " + std::to_string(rows) + " x " + std::to_string(in) + " x " + std::to_string(out));
+}
+
+template <class T>
+void check_step(std::size_t rows, std::size_t in, std::size_t out) {
+  const gdlib::LinearShape shape{in, out, true};
+  const auto x = numbers<T>(rows * in, 5), y = numbers<T>(rows * out, 6), p = numbers<T>(shape.parameters(), 7);
+  std::vector<T> gradient(shape.parameters());
+  gdlib::AlignedVector<std::uint32_t> order;
+  gdlib::shuffle_order(9, static_cast<std::uint32_t>(rows), order);
+  gdlib::Interrupt interrupt(nullptr);
+  const gdlib::Batch<T> batch{x.data(), in, y.data(), order.data(), rows, 0};
+  const double loss = gdlib::linear_squared_error_gradient(shape, batch, p.data(), gradient.data(), interrupt);
+  std::vector<double> wanted(shape.parameters()), size(shape.parameters());
+  double wanted_loss = 0, loss_size = 0;
+  for (std::size_t r = 0; r < rows; ++r)
+    for (std::size_t o = 0; o < out; ++o) {
+      double residual = p[out * in + o] - static_cast<double>(y[r * out + o]), magnitude = std::abs(residual);
+      for (std::size_t j = 0; j < in; ++j) {
+        residual += static_cast<double>(x[r * in + j]) * p[o * in + j];
+        magnitude += std::abs(static_cast<double>(x[r * in + j]) * p[o * in + j]);
+      }
+      wanted_loss += residual * residual;
+      loss_size += magnitude * magnitude;
+      for (std::size_t j = 0; j <= in; ++j) {
+        const double factor = j < in ? static_cast<double>(x[r * in + j]) : 1.0;
+        const std::size_t place = j < in ? o * in + j : out * in + o;
+        wanted[place] += 2 * residual * factor;
+        size[place] += 2 * magnitude * std::abs(factor);
+      }
+    }
+  bool good = close(static_cast<T>(loss), wanted_loss, loss_size, 2 * in + rows + 3);
+  for (std::size_t i = 0; i < wanted.size(); ++i) good = good && close(gradient[i], wanted[i], size[i], in + rows);
+  expect(good, "step " + std::to_string(rows) + " x " + std::to_string(in) + " x " + std::to_string(out));
+}
+
+template <class T>
+void check_vectors(std::size_t n) {
+  const auto o = numbers<T>(n, 10), t = numbers<T>(n, 11);
+  double sum = 0;
+  for (std::size_t i = 0; i < n; ++i) sum += (static_cast<double>(o[i]) - t[i]) * (static_cast<double>(o[i]) - t[i]);
+  expect(std::abs(gdlib::table<T>().squared_error_sum(n, o.data(), t.data()) - sum) <= 1e-5 * sum, "squared error " + std::to_string(n));
+  for (std::size_t i = 0; i < n; ++i) {
+    auto bad = o;
+    bad[i] = std::numeric_limits<T>::infinity();
+    expect(!gdlib::table<T>().all_finite(n, bad.data()), "finite " + std::to_string(n));
+  }
+  auto p = o;
+  std::vector<T> buffer(n);
+  gdlib::table<T>().sgd_update(n, {T(0.1), T(0.9), T(0.2), T(0.3), false, false}, T(0.5), false, t.data(), p.data(), buffer.data());
+  bool good = true;
+  for (std::size_t i = 0; i < n; ++i) {
+    const double d = 0.5 * t[i] + 0.3 * o[i];
+    good = good && close(p[i], o[i] - 0.1 * 0.8 * d, 2.0, 8);
+  }
+  expect(good, "update " + std::to_string(n));
+}
+
+template <class T>
+void check_all() {
+  for (std::size_t rows : {1, 2, 5, 16, 17, 67})
+    for (std::size_t in : {1, 2, 3, 4, 5, 10, 16, 31, 67})
+      for (std::size_t out : {1, 2, 7, 8, 9, 25, 67}) {
+        check_layer<T>(rows, in, out);
+        check_step<T>(rows, in, out);
+      }
+  check_layer<T>(130, 300, 100);  // several blocks of depth and rows
+  for (std::size_t n = 1; n < 40; ++n) check_vectors<T>(n);
+}
+
+}  // namespace
+
+int main() {
+  gdlib::initialize_threads();
+  std::vector<gdlib::AlignedVector<std::uint32_t>> orders;
+  for (const std::string& isa : gdlib::available_isas()) {
+    gdlib::select_isa(isa);
+    check_all<float>();
+    check_all<double>();
+    orders.emplace_back();
+    gdlib::shuffle_order(1, 1000, orders.back());
+    expect(std::equal(orders.back().begin(), orders.back().end(), orders.front().begin()), "order");
+    std::printf("%s checked\n", isa.c_str());
+  }
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed != 0;
+}
