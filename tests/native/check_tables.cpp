@@ -89,7 +89,8 @@ void check_step(std::size_t rows, std::size_t in, std::size_t out) {
   double wanted_loss = 0, loss_size = 0;
   for (std::size_t r = 0; r < rows; ++r)
     for (std::size_t o = 0; o < out; ++o) {
-      double residual = p[out * in + o] - static_cast<double>(y[r * out + o]), magnitude = std::abs(residual);
+      const double bias = p[out * in + o], target = y[r * out + o];
+      double residual = bias - target, magnitude = std::abs(bias) + std::abs(target);
       for (std::size_t j = 0; j < in; ++j) {
         residual += static_cast<double>(x[r * in + j]) * p[o * in + j];
         magnitude += std::abs(static_cast<double>(x[r * in + j]) * p[o * in + j]);
