@@ -12,6 +12,7 @@ __all__: list[str] = [
     "available_isas",
     "average",
     "compiler",
+    "cpu_features",
     "fill_uniform",
     "hessian_eigenvalue",
     "isa",
@@ -49,6 +50,11 @@ def average(sources: numpy.typing.NDArray[typing.Any], mean: numpy.typing.NDArra
 def compiler() -> str:
     """
     The compiler's version text.
+    """
+
+def cpu_features() -> list[str]:
+    """
+    Features of this CPU that some kernel table needs.
     """
 
 def fill_uniform(

@@ -19,10 +19,11 @@ def set_num_threads(count: int) -> None:
 
 
 def get_config() -> dict[str, Any]:
-    """Kernel table in use (`isa`), tables that this machine can run, threads, OpenMP, CUDA and the compiler, by name."""
+    """By name: the kernel table in use, all that this machine can run, CPU features that they need, threads, OpenMP, CUDA, compiler."""
     return {
         "isa": _core.isa(),
-        "features": _core.available_isas(),
+        "isas": _core.available_isas(),
+        "features": _core.cpu_features(),
         "threads": _core.num_threads(),
         "openmp": _core.openmp_enabled(),
         "cuda": False,  # this build has no device kernels
@@ -33,7 +34,8 @@ def get_config() -> dict[str, Any]:
 def show_config() -> None:
     """Print which kernels run here, and why: the ISA (forced with `GDLIB_ISA`), features, threads, OpenMP and CUDA."""
     config = get_config()
-    print(f"isa      {config['isa']} (of {', '.join(config['features'])}; GDLIB_ISA forces one)")
+    print(f"isa      {config['isa']} (of {', '.join(config['isas'])}; GDLIB_ISA forces one)")
+    print(f"features {', '.join(config['features']) or 'none that a table needs'}")
     print(f"threads  {config['threads']} (GDLIB_NUM_THREADS or gdlib.set_num_threads)")
     print(f"openmp   {'yes' if config['openmp'] else 'no: one thread'}")
     print(f"cuda     {'yes' if config['cuda'] else 'not built'}")

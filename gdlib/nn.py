@@ -109,7 +109,7 @@ class Linear:
         self._input: npt.NDArray[Any] | None = None
         self.feature_names: list[str] | None = None
         self.target_names: list[str] | None = None
-        self.training: dict[str, Any] | None = None  # the last fit's summary, saved with the model
+        self.training_summary: dict[str, Any] | None = None  # the last fit's summary, saved with the model
 
     def parameters(self) -> list[Parameter]:
         """The weight, and the bias where there is one."""

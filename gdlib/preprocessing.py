@@ -48,5 +48,5 @@ class StandardScaler:
         folded = Linear(model.in_features, model.out_features, dtype=model.dtype, seed=0)
         weight = model.weight.data / self.scale_
         folded.load_state_dict({"weight": weight, "bias": model.bias.data - weight @ self.mean_})
-        folded.feature_names, folded.target_names, folded.training = model.feature_names, model.target_names, model.training
+        folded.feature_names, folded.target_names, folded.training_summary = model.feature_names, model.target_names, model.training_summary
         return folded

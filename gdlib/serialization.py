@@ -70,7 +70,7 @@ def save(
         "architecture": json.dumps(architecture),
         "feature_names": json.dumps(features),
         "target_names": json.dumps(targets),
-        "training": json.dumps(model.training),
+        "training": json.dumps(model.training_summary),
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def load(path: str | os.PathLike[str]) -> Linear:
         training = json.loads(metadata["training"])
         if training is not None and not isinstance(training, dict):
             raise ValueError("its training summary is no object")
-        model.training = training
+        model.training_summary = training
     except (KeyError, TypeError, ValueError, RecursionError, MemoryError) as error:
         reason = error.args[0] if error.args else error
         raise ValueError(f"{path} does not hold the model that its header describes ({reason}); save the model again.") from None

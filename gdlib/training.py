@@ -243,7 +243,7 @@ class Run:
         """The history of a run that has ended well; its summary stays with the model."""
         curve = self.losses / self.y.size if self.loss.reduction == "mean" else self.losses
         history = History(curve.tolist(), seconds, self.rows * self.epochs / max(seconds, 1e-9), [r[2] for r in self.ranges])
-        self.model.training = {
+        self.model.training_summary = {
             "optimizer": type(self.optimizer).__name__,
             "lr": history.lr[0],
             "epochs": self.epochs,

@@ -23,8 +23,8 @@ def test_round_trip(tmp_path, dtype, bias):
     np.testing.assert_array_equal(again.predict(X), model.predict(X))
     assert again.dtype == dtype
     assert (again.feature_names, again.target_names) == (["a", "b", "c"], ["t", "u"])
-    assert again.training["epochs"] == 3
-    assert again.training["final_loss"] == model.training["final_loss"]
+    assert again.training_summary["epochs"] == 3
+    assert again.training_summary["final_loss"] == model.training_summary["final_loss"]
     save(again, path)  # names are kept
     assert load(str(path)).feature_names == ["a", "b", "c"]
     assert os.listdir(path.parent) == ["model.safetensors"]

@@ -153,8 +153,8 @@ def test_history():
     assert len(history.loss) == 7
     assert history.seconds > 0
     assert history.rows_per_second == pytest.approx(7 * 500 / history.seconds)
-    assert model.training["epochs"] == 7
-    assert model.training["final_loss"] == history.loss[-1]
+    assert model.training_summary["epochs"] == 7
+    assert model.training_summary["final_loss"] == history.loss[-1]
 
 
 def test_history_draws_its_curve(tmp_path):

@@ -20,6 +20,7 @@ PYBIND11_MODULE(_core, m) {
   }
   m.def("isa", [] { return std::string(gdlib::kernels().isa); }, "The kernel table in use.");
   m.def("available_isas", &gdlib::available_isas, "The kernel tables that this machine can run, slowest first.");
+  m.def("cpu_features", &gdlib::cpu_features, "Features of this CPU that some kernel table needs.");
   m.def("select_isa", &gdlib::select_isa, "Forces a kernel table; not while another thread computes.", py::arg("name"));
   m.def("num_threads", &gdlib::thread_count, "Threads that a call may use.");
   m.def("set_num_threads", &gdlib::set_thread_count, "Sets the threads that a call may use.", py::arg("count"));

@@ -119,9 +119,10 @@ double squared_error(const Array& x, const Array& target, const Array& parameter
     const LinearShape shape{rows.cols, y.size / rows.rows, has_bias};
     require_size(p.size, shape.parameters(), "the parameters");
     AlignedVector<T> gradient(p.size);
+    LinearScratch<T> scratch;
     const Batch<T> batch{rows.data, rows.stride, y.data, nullptr, rows.rows, 0};
     const auto [sum, failed] = interruptible(std::nullopt, [&](Interrupt& interrupt) {
-      return linear_squared_error_gradient(shape, batch, p.data, gradient.data(), interrupt);
+      return linear_squared_error_gradient(shape, batch, p.data, gradient.data(), scratch, interrupt);
     });
     if (failed) throw py::error_already_set();
     return sum;

@@ -4,8 +4,10 @@
 // registers. target_clones and ifunc are not used: they fail on musl and under the sanitizers.
 #include "dispatch.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
+#include <utility>
 
 namespace gdlib {
 
@@ -19,25 +21,39 @@ extern const Kernels kernels_neon;
 
 namespace {
 
+// Features that some table needs, and whether this machine has them.
+const std::vector<std::pair<std::string, bool>>& features() {
+  static const std::vector<std::pair<std::string, bool>> list = {
+#if defined(__x86_64__)
+      {"avx2", __builtin_cpu_supports("avx2")},         {"fma", __builtin_cpu_supports("fma")},
+      {"avx512f", __builtin_cpu_supports("avx512f")},   {"avx512bw", __builtin_cpu_supports("avx512bw")},
+      {"avx512dq", __builtin_cpu_supports("avx512dq")}, {"avx512vl", __builtin_cpu_supports("avx512vl")},
+#elif defined(__aarch64__)
+      {"neon", true},  // part of the baseline
+#endif
+  };
+  return list;
+}
+
 struct Candidate {
   const Kernels* kernels;
-  bool (*supported)();  // every feature that the table's compiler flags imply
-};
+  std::vector<std::string> needs;  // every feature that the table's compiler flags imply
 
-bool always() { return true; }
+  bool supported() const {
+    const std::vector<std::string> found = cpu_features();
+    return std::all_of(needs.begin(), needs.end(),
+                       [&](const std::string& need) { return std::find(found.begin(), found.end(), need) != found.end(); });
+  }
+};
 
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> list = {
-      {&kernels_scalar, always},
+      {&kernels_scalar, {}},
 #if defined(__x86_64__)
-      {&kernels_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
-      {&kernels_avx512,
-       [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-       }},
+      {&kernels_avx2, {"avx2", "fma"}},
+      {&kernels_avx512, {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"}},
 #elif defined(__aarch64__)
-      {&kernels_neon, always},  // part of the aarch64 baseline
+      {&kernels_neon, {"neon"}},
 #endif
   };
   return list;
@@ -46,6 +62,13 @@ const std::vector<Candidate>& candidates() {
 const Kernels* current = nullptr;
 
 }  // namespace
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> names;
+  for (const auto& [name, present] : features())
+    if (present) names.push_back(name);
+  return names;
+}
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

@@ -8,6 +8,9 @@
 
 namespace gdlib {
 
+// Features of this CPU and operating system that some table needs.
+std::vector<std::string> cpu_features();
+
 // Names of the tables that this CPU and operating system can run, slowest first; the last one is the default.
 std::vector<std::string> available_isas();
 

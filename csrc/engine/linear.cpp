@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "../dispatch/dispatch.h"
-#include "aligned.h"
 #include "gemm.h"
 
 namespace gdlib {
@@ -21,11 +20,11 @@ std::size_t rows_per_task(std::size_t in_features, std::size_t element_bytes) {
   return std::max<std::size_t>(64, rows / 64 * 64);
 }
 
-// total[n] (+)= the partial vectors in order, carried in double.
+// total[n] = the partial vectors in order, carried in double.
 template <class T>
-void sum_partials(std::size_t count, std::size_t n, const T* partials, bool accumulate, T* total) {
+void sum_partials(std::size_t count, std::size_t n, const T* partials, T* total) {
   for (std::size_t i = 0; i < n; ++i) {
-    double sum = accumulate ? static_cast<double>(total[i]) : 0.0;
+    double sum = 0.0;
     for (std::size_t k = 0; k < count; ++k) sum += static_cast<double>(partials[k * n + i]);
     total[i] = static_cast<T>(sum);
   }
@@ -77,7 +76,7 @@ void linear_backward(std::size_t rows, std::size_t in_features, std::size_t out_
                            x_stride, partial, bias_gradient ? partial + weights : nullptr);
   });
   AlignedVector<T> total(n);
-  sum_partials(tasks, n, partials.data(), false, total.data());
+  sum_partials(tasks, n, partials.data(), total.data());
   for (std::size_t i = 0; i < weights; ++i) weight_gradient[i] += total[i];
   if (bias_gradient)
     for (std::size_t o = 0; o < out_features; ++o) bias_gradient[o] += total[weights + o];
@@ -85,7 +84,7 @@ void linear_backward(std::size_t rows, std::size_t in_features, std::size_t out_
 
 template <class T>
 double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient,
-                                     Interrupt& interrupt) {
+                                     LinearScratch<T>& scratch, Interrupt& interrupt) {
   const std::size_t weights = shape.in_features * shape.out_features, n = shape.parameters();
   const KernelTable<T>& kernel = table<T>();
   const auto step = [&](std::size_t begin, std::size_t rows, T* into) {
@@ -115,17 +114,17 @@ double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& b
   if (batch.rows <= task_rows) return step(0, batch.rows, gradient);
 
   const std::size_t tasks = (batch.rows + task_rows - 1) / task_rows;
-  AlignedVector<T> partials(tasks * n);
-  AlignedVector<double> losses(tasks);
+  scratch.partials.resize(tasks * n);
+  scratch.losses.resize(tasks);
   parallel_for(tasks, [&](std::size_t task, std::size_t) {
     if (interrupt.check()) return;
     const std::size_t begin = task * task_rows;
-    losses[task] = step(begin, std::min(task_rows, batch.rows - begin), partials.data() + task * n);
+    scratch.losses[task] = step(begin, std::min(task_rows, batch.rows - begin), scratch.partials.data() + task * n);
   });
   if (interrupt.requested()) return 0.0;
-  sum_partials(tasks, n, partials.data(), false, gradient);
+  sum_partials(tasks, n, scratch.partials.data(), gradient);
   double loss = 0.0;
-  for (double part : losses) loss += part;
+  for (double part : scratch.losses) loss += part;
   return loss;
 }
 
@@ -136,6 +135,7 @@ double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, cons
   const std::size_t n = shape.parameters();
   const Batch<T> all{x, x_stride, nullptr, nullptr, rows, 0};
   AlignedVector<T> direction(n), image(n);
+  LinearScratch<T> scratch;
   // Unequal components, so that the start is not orthogonal to the wanted direction by some symmetry of the data.
   for (std::size_t i = 0; i < n; ++i) direction[i] = static_cast<T>(1.0 + 0.5 * std::sin(static_cast<double>(i) + 1.0));
   double eigenvalue = 0.0;
@@ -145,7 +145,7 @@ double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, cons
     norm = std::sqrt(norm);
     if (norm == 0.0) return 0.0;
     for (T& value : direction) value = static_cast<T>(static_cast<double>(value) / norm);
-    linear_squared_error_gradient(shape, all, direction.data(), image.data(), interrupt);
+    linear_squared_error_gradient(shape, all, direction.data(), image.data(), scratch, interrupt);
     if (interrupt.requested() || interrupt.check()) return std::nan("");
     double quotient = 0.0;  // Rayleigh: direction . H direction
     for (std::size_t i = 0; i < n; ++i) quotient += static_cast<double>(direction[i]) * static_cast<double>(image[i]);
@@ -160,7 +160,7 @@ double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, cons
 #define GDLIB_INSTANTIATE(T)                                                                                                          \
   template void linear_forward(std::size_t, std::size_t, std::size_t, const T*, std::size_t, const T*, const T*, T*);                 \
   template void linear_backward(std::size_t, std::size_t, std::size_t, const T*, const T*, std::size_t, const T*, T*, T*, T*);        \
-  template double linear_squared_error_gradient(const LinearShape&, const Batch<T>&, const T*, T*, Interrupt&);                       \
+  template double linear_squared_error_gradient(const LinearShape&, const Batch<T>&, const T*, T*, LinearScratch<T>&, Interrupt&);                       \
   template double linear_hessian_eigenvalue(std::size_t, std::size_t, const T*, std::size_t, bool, Interrupt&);
 GDLIB_INSTANTIATE(float)
 GDLIB_INSTANTIATE(double)

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "aligned.h"
 #include "parallel.h"
 
 namespace gdlib {
@@ -37,11 +38,18 @@ struct LinearShape {
   std::size_t parameters() const { return out_features * (in_features + (has_bias ? 1 : 0)); }
 };
 
+// What a pass over several tasks needs besides its result, kept from step to step.
+template <class T>
+struct LinearScratch {
+  AlignedVector<T> partials;
+  AlignedVector<double> losses;
+};
+
 // gradient[parameters] = the gradient of the sum of squared errors over the batch; returns that sum. One pass over x. The result is
 // meaningless once `interrupt` has been requested.
 template <class T>
 double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient,
-                                     Interrupt& interrupt);
+                                     LinearScratch<T>& scratch, Interrupt& interrupt);
 
 // The largest eigenvalue of the Hessian of sum (x w + b - y)^2, that is of 2 [x 1]^T [x 1] (without bias, 2 x^T x), by power iteration:
 // until it changes by less than 1e-4 of itself, 300 passes at most. Approached from below. 0 for a zero matrix, NaN after an interrupt.

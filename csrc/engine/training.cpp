@@ -64,6 +64,7 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
   std::size_t work = 0;
 
   RowSource<T> source(round);
+  LinearScratch<T> scratch;
   RoundResult result{Stop::finished, round.first_step, 0.0};
   std::uint64_t epoch = round.first_step / steps_per_epoch;
   std::uint64_t in_epoch = round.first_step % steps_per_epoch;
@@ -71,7 +72,7 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
     source.begin_epoch(epoch);
     for (; in_epoch < steps_per_epoch && result.steps_done < round.last_step; ++in_epoch) {
       const Batch<T> batch = source.batch(in_epoch);
-      const double loss = linear_squared_error_gradient(round.shape, batch, round.parameters, round.gradient, interrupt);
+      const double loss = linear_squared_error_gradient(round.shape, batch, round.parameters, round.gradient, scratch, interrupt);
       work += work_per_step;
       if (work >= work_between_checks) {
         work = 0;

@@ -69,8 +69,8 @@ def test_two_workers_nearly_reach_the_loss_of_one_process():
     assert history.rows_per_second == pytest.approx(2001 * 6 / history.seconds)
     assert history.lr == [0.01]
     summary = {"optimizer": "SGD", "lr": 0.01, "epochs": 6, "batch_size": 32, "rows": 2001, "workers": 2}
-    assert model.training.items() >= summary.items()
-    assert model.training["final_loss"] == history.loss[-1]
+    assert model.training_summary.items() >= summary.items()
+    assert model.training_summary["final_loss"] == history.loss[-1]
     # Momentum was averaged and handed back: a second run goes on from it.
     assert momentum_of(model, optimizer).any()
     again = gdlib.distributed.fit(model, X, y, loss=gdlib.MSELoss(), optimizer=optimizer, epochs=1, seed=5)
@@ -171,7 +171,7 @@ def test_nan_is_an_error_that_names_the_callers_row(which):
         gdlib.distributed.fit(model, X, y, loss=gdlib.MSELoss(), optimizer=optimizer, epochs=2)
     np.testing.assert_array_equal(model._arena.data, start)
     assert optimizer.state_dict()["state"] == {}
-    assert model.training is None
+    assert model.training_summary is None
 
 
 def test_a_full_disk_is_an_error(monkeypatch):

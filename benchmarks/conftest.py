@@ -1,0 +1,23 @@
+"""One test for each contender of each group: `pytest benchmarks --benchmark-only`, timed by pytest-benchmark, one after the other."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.measure import Contender, Group, UnavailableError
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "contender" in metafunc.fixturenames:
+        pairs = [(group, contender) for group in metafunc.module.GROUPS for contender in group.contenders]
+        metafunc.parametrize(("group", "contender"), pairs, ids=[f"{group.title}: {contender.label}" for group, contender in pairs])
+
+
+@pytest.fixture
+def time_contender(benchmark: Any, group: Group, contender: Contender) -> None:
+    try:
+        run = group.validate(contender)
+    except UnavailableError as reason:
+        pytest.skip(str(reason))
+    benchmark.group = f"{group.title}, one run being {contender.work:g} x one {group.unit}"  # only equal runs are compared
+    benchmark(run)

@@ -1,0 +1,160 @@
+"""This machine's limits, measured: read bandwidth of memory, and peak rate of fused multiply-adds.
+
+A few lines of C++ are compiled for this very CPU when they are first needed; without a compiler the limits stay unknown, and shares of
+them are left out. Deliberately no table of data sheets: a limit counts only if it was reached here, in the same run.
+"""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import Contender, Group, Run, UnavailableError
+from gdlib.config import get_config
+
+SOURCE = r"""
+#include <cstddef>
+#include <cstdint>
+#include <thread>
+#include <vector>
+#if defined(__AVX512F__)  // bytes of a vector; independent chains: enough to hide the latency of all units, few enough for the registers
+constexpr int kBytes = 64, kChains = 24;
+#elif defined(__AVX__)
+constexpr int kBytes = 32, kChains = 12;
+#else
+constexpr int kBytes = 16, kChains = 24;
+#endif
+static volatile std::uint64_t sink;
+
+template <class F> static void on_threads(int threads, F work) {
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(work, t);
+  work(0);
+  for (std::thread& other : others) other.join();
+}
+
+template <class T> static void multiply_add(long steps) {
+  typedef T Lanes __attribute__((vector_size(kBytes)));
+  Lanes chains[kChains], factor = Lanes{} + T(0.5), term = Lanes{} + T(1);
+  for (int i = 0; i < kChains; ++i) chains[i] = Lanes{} + T(i);
+  for (long step = 0; step < steps; ++step)
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) chains[i] = chains[i] * factor + term;
+  for (int i = 1; i < kChains; ++i) chains[0] += chains[i];
+  sink = static_cast<std::uint64_t>(chains[0][0]);
+}
+
+extern "C" {
+// Each thread reads its part as four sequences side by side, which keeps more of the prefetchers busy than one.
+void read_once(const char* data, std::size_t bytes, int threads) {
+  on_threads(threads, [=](int t) {
+    typedef std::uint64_t Words __attribute__((vector_size(kBytes), aligned(8), may_alias));
+    const std::size_t sequence = bytes / threads / 4 / (4 * kBytes) * (4 * kBytes);
+    const char* part = data + t * 4 * sequence;
+    Words sums[4] = {};
+    for (std::size_t at = 0; at < sequence; at += 4 * kBytes)
+      for (int s = 0; s < 4; ++s)
+        for (int i = 0; i < 4; ++i) sums[s] ^= *reinterpret_cast<const Words*>(part + s * sequence + at + i * kBytes);
+    sink = (sums[0] ^ sums[1] ^ sums[2] ^ sums[3])[0];
+  });
+}
+void fma_float32(long steps, int threads) { on_threads(threads, [=](int) { multiply_add<float>(steps); }); }
+void fma_float64(long steps, int threads) { on_threads(threads, [=](int) { multiply_add<double>(steps); }); }
+long flops_float32() { return 2L * kChains * (kBytes / 4); }  // of a step
+long flops_float64() { return 2L * kChains * (kBytes / 8); }
+}
+"""
+FLOPS_PER_CALL = 2**31  # for each thread, about 20 ms: long beside the start of a thread
+THREADS = int(get_config()["threads"])  # what affinity and the cgroup leave: gdlib's, and then every peer's
+THREAD_COUNTS = sorted({1, THREADS})
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled loops. Raises UnavailableError without a compiler."""
+    compiler = next((found for name in (os.environ.get("CXX", "c++"), "g++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise UnavailableError("no C++ compiler here")
+    with tempfile.TemporaryDirectory() as folder:
+        source, built = Path(folder, "limits.cpp"), Path(folder, "limits.so")
+        source.write_text(SOURCE)
+        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-funroll-loops", "-std=c++17", "-pthread", "-shared", "-fPIC"]
+        done = subprocess.run([compiler, *flags, "-o", str(built), str(source)], capture_output=True, text=True)
+        if done.returncode:
+            raise UnavailableError(f"{Path(compiler).name} fails: {done.stderr.strip().splitlines()[0]}")
+        return ctypes.CDLL(str(built))
+
+
+def free_bytes() -> int:
+    """Memory to be had without swapping; 4 GiB where the system does not say."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 4 * 2**30)
+
+
+@functools.cache
+def large_bytes() -> int:
+    """Far more than a cache holds: 4 times the last level (0 where the system does not say), 1 to 2 GiB, at most half of free memory."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    cache = max((int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes), default=0)
+    return min(2 * 2**30, max(2**30, 4 * cache), free_bytes() // 2)
+
+
+@functools.cache
+def large_array() -> np.ndarray[Any, Any]:
+    return np.ones(large_bytes() // 8, np.uint64)  # written, so that every page has memory of its own
+
+
+def reading(array: Callable[[Any], np.ndarray[Any, Any]], threads: int) -> Callable[[Any], Run]:
+    """Prepares one pass over all bytes of the array that belongs to a problem."""
+
+    def prepare(problem: Any) -> Run:
+        data, call = array(problem), library().read_once
+        return lambda: call(ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(data.nbytes), threads)
+
+    return prepare
+
+
+def bandwidth(threads: int, wanted: float) -> Contender:
+    """The time of `wanted` bytes at the read bandwidth of memory."""
+    return Contender(f"read bandwidth, {plural(threads)}", reading(lambda _: large_array(), threads), large_bytes() / wanted, limit=True)
+
+
+def fma_peak(dtype: str, threads: int, wanted: float) -> Contender:
+    """The time of `wanted` floating-point operations at the peak of fused multiply-adds, two each."""
+
+    def prepare(_: Any) -> Run:
+        call = getattr(library(), f"fma_{dtype}")
+        steps = ctypes.c_long(FLOPS_PER_CALL // getattr(library(), f"flops_{dtype}")())
+        return lambda: call(steps, threads)
+
+    return Contender(f"FMA peak, {dtype}, {plural(threads)}", prepare, FLOPS_PER_CALL * threads / wanted, limit=True)
+
+
+def fresh_interpreter(code: str) -> str:
+    """What a new Python process with this one's import path prints."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, "-P", "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def plural(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+GROUPS = [
+    Group("Read bandwidth", "GB", [bandwidth(threads, 1e9) for threads in THREAD_COUNTS], amount_unit="GB"),
+    Group(
+        "FMA peak",
+        "GFLOP",
+        [fma_peak(dtype, threads, 1e9) for dtype in ("float32", "float64") for threads in THREAD_COUNTS],
+        amount_unit="GFLOP",
+    ),
+]

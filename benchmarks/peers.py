@@ -1,0 +1,144 @@
+"""Least squares by gradient descent as the peers' users write it: a Linear(features, 1), mean squared error, plain SGD.
+
+Each function prepares arrays and compiled code outside the timing, and returns a run of some epochs from a fresh model; the run returns
+(weight, bias) for the check. A peer is imported when it is prepared, so that one that is not installed is only left out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import Run
+
+
+@dataclass(frozen=True)
+class Regression:
+    """X [rows, features] and y [rows, 1] from a linear model with noise, and what the check compares a result with."""
+
+    X: np.ndarray[Any, Any]
+    y: np.ndarray[Any, Any]
+    right: Any = None
+
+
+def pytorch_loop(problem: Regression, epochs: int, lr: float, batch_size: int, batches: str) -> Run:
+    """The tutorials' loop over a DataLoader, over batches of the "shuffled" tensors, or over those of the tensors "in order"."""
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    X, y = torch.from_numpy(problem.X), torch.from_numpy(problem.y)
+    loader = DataLoader(TensorDataset(X, y), batch_size=batch_size, shuffle=True)
+
+    def epoch() -> Any:
+        if batches == "DataLoader":
+            return loader
+        order = torch.randperm(len(X)) if batches == "shuffled" else slice(None)
+        return zip(X[order].split(batch_size), y[order].split(batch_size), strict=True)
+
+    def run() -> Any:
+        model = torch.nn.Linear(X.shape[1], 1, dtype=X.dtype)
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+        criterion = torch.nn.MSELoss()
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        for _ in range(epochs):
+            for x, target in epoch():
+                optimizer.zero_grad()
+                loss = criterion(model(x), target)
+                loss.backward()
+                optimizer.step()
+        return model.weight.detach().numpy(), model.bias.detach().numpy()
+
+    return run
+
+
+def pytorch_by_hand(problem: Regression, epochs: int, lr: float, batch_size: int) -> Run:
+    """The gradient written out, without autograd and modules."""
+    import torch
+
+    X, y = torch.from_numpy(problem.X), torch.from_numpy(problem.y[:, 0])
+
+    @torch.no_grad()
+    def run() -> Any:
+        weight, bias = torch.zeros(X.shape[1]), torch.zeros(())
+        for _ in range(epochs):
+            order = torch.randperm(len(X))
+            for x, target in zip(X[order].split(batch_size), y[order].split(batch_size), strict=True):
+                residual = torch.mv(x, weight).add_(bias).sub_(target)
+                _loss = torch.dot(residual, residual) / len(residual)
+                residual.mul_(2 * lr / len(residual))
+                weight.sub_(torch.mv(x.T, residual))
+                bias.sub_(residual.sum())
+        return weight.numpy(), bias.numpy()
+
+    return run
+
+
+def numpy_loop(problem: Regression, epochs: int, lr: float, batch_size: int, shuffle: bool = True) -> Run:
+    """One permutation an epoch, batches as views, arithmetic in place; vectors, as there is one output."""
+    X, y = problem.X, problem.y[:, 0]
+    rng = np.random.default_rng(0)
+
+    def run() -> Any:
+        weight, bias = np.zeros(X.shape[1], X.dtype), X.dtype.type(0)
+        rows, targets = X, y
+        for _ in range(epochs):
+            if shuffle:
+                order = rng.permutation(len(X))
+                rows, targets = X[order], y[order]
+            for begin in range(0, len(X), batch_size):
+                x = rows[begin : begin + batch_size]
+                residual = x @ weight
+                residual += bias
+                residual -= targets[begin : begin + batch_size]
+                _loss = residual @ residual / len(residual)
+                residual *= 2 * lr / len(residual)
+                weight -= residual @ x
+                bias -= residual.sum()
+        return weight, bias
+
+    return run
+
+
+def sklearn_sgd(problem: Regression, epochs: int, lr: float, batch_size: int, dtype: str) -> Run:
+    """SGDRegressor steps after every row; eta0 = 2 lr / batch_size makes an epoch the same length of descent."""
+    from sklearn.linear_model import SGDRegressor
+
+    X, y = problem.X.astype(dtype), problem.y[:, 0].astype(dtype)
+
+    def run() -> Any:
+        model = SGDRegressor(penalty=None, learning_rate="constant", eta0=2 * lr / batch_size, max_iter=epochs, tol=None, random_state=0)
+        model.fit(X, y)
+        return model.coef_, model.intercept_
+
+    return run
+
+
+def jax_scan(problem: Regression, epochs: int, lr: float, batch_size: int) -> Run:
+    """An epoch of full batches in order as one compiled scan: no shuffling, and the rows of an incomplete batch are left out."""
+    import jax
+    import jax.numpy as jnp
+
+    batches = len(problem.X) // batch_size
+    X = jnp.asarray(problem.X[: batches * batch_size].reshape(batches, batch_size, -1))
+    y = jnp.asarray(problem.y[: batches * batch_size].reshape(batches, batch_size))
+
+    def loss(parameters: Any, x: Any, target: Any) -> Any:
+        return jnp.mean((x @ parameters[0] + parameters[1] - target) ** 2)
+
+    def step(parameters: Any, batch: Any) -> Any:
+        value, gradient = jax.value_and_grad(loss)(parameters, *batch)
+        return jax.tree.map(lambda p, g: p - lr * g, parameters, gradient), value
+
+    @jax.jit
+    def epoch(parameters: Any, X: Any, y: Any) -> Any:
+        return jax.lax.scan(step, parameters, (X, y))
+
+    def run() -> Any:
+        parameters: Any = (jnp.zeros(X.shape[2]), jnp.zeros(()))
+        for _ in range(epochs):
+            parameters, _losses = epoch(parameters, X, y)
+        parameters = jax.block_until_ready(parameters)
+        return np.asarray(parameters[0]), np.asarray(parameters[1])
+
+    return run
