@@ -13,6 +13,7 @@ test: $(VENV)/installed-test
 	$(BIN)/pytest
 
 bench: $(VENV)/installed-bench
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(BIN)/python -m benchmarks.report
 
 lint: $(VENV)/installed-dev

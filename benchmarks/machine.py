@@ -142,6 +142,7 @@ def fma_peak(dtype: str, threads: int, wanted: float) -> Contender:
 def fresh_interpreter(code: str) -> str:
     """What a new Python process with this one's import path prints."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's second start finds the bytecode of the first
     return subprocess.run([sys.executable, "-P", "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

@@ -63,7 +63,7 @@ def fill_uniform(
     out: numpy.typing.NDArray[typing.Any],
 ) -> None:
     """
-    Fills out with numbers uniform in [-bound, bound), in place.
+    Fills out with numbers uniform in [-bound, bound], in place.
     """
 
 def hessian_eigenvalue(x: numpy.typing.NDArray[typing.Any], has_bias: bool) -> float:
@@ -82,10 +82,10 @@ def linear_backward(
     weight: numpy.typing.NDArray[typing.Any],
     weight_gradient: numpy.typing.NDArray[typing.Any],
     bias_gradient: numpy.typing.NDArray[typing.Any] | None,
-    input_gradient: numpy.typing.NDArray[typing.Any] | None,
-) -> None:
+    input_gradient: numpy.typing.NDArray[typing.Any] | None = None,
+) -> numpy.typing.NDArray[typing.Any]:
     """
-    weight_gradient += g^T x, bias_gradient += column sums of g, input_gradient = g weight, in place.
+    weight_gradient += g^T x and bias_gradient += column sums of g, in place; returns the gradient of x, g weight, into `input_gradient` when one is given.
     """
 
 def linear_forward(
@@ -171,13 +171,13 @@ def squared_error_terms(
     """
 
 def take_rows(
-    array: numpy.typing.NDArray[typing.Any],
+    arrays: tuple[numpy.typing.NDArray[typing.Any], ...],
     order: numpy.typing.NDArray[typing.Any],
     begin: typing.SupportsInt | typing.SupportsIndex,
     end: typing.SupportsInt | typing.SupportsIndex,
-) -> numpy.typing.NDArray[typing.Any]:
+) -> tuple[numpy.typing.NDArray[typing.Any], ...]:
     """
-    A new array of the rows array[order[begin:end]].
+    For each array a new one of its rows order[begin:end].
     """
 
 def train(

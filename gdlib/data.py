@@ -1,20 +1,23 @@
 """Arrays -> batches. Orders come from the engine, so that the readable loop and `fit` see the same batches for the same seed."""
 
-import secrets
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gdlib import _core, validation
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 def draw_order(seed: int | None, rows: int) -> npt.NDArray[np.uint32]:
     """The order of 0 ... rows - 1 that belongs to a seed, the same on every machine; a fresh one for None."""
     if rows >= 2**32:
         raise ValueError(f"{rows} rows cannot be shuffled; at most {2**32 - 1} can.")
-    return _core.shuffle_order(secrets.randbits(64) if seed is None else seed, rows)
+    return _core.shuffle_order(validation.fresh_seed() if seed is None else seed, rows)
 
 
 class DataLoader:
@@ -54,13 +57,7 @@ class DataLoader:
         begins = range(0, len(self) * size, size)
         if self.shuffle:
             order, take, rows = draw_order(self.seed, self.rows), _core.take_rows, self.rows
-            if len(arrays) == 2:  # the common case, without a generator for each batch
-                x, y = arrays
-                for begin in begins:
-                    end = min(begin + size, rows)
-                    yield take(x, order, begin, end), take(y, order, begin, end)
-                return
-            batches = (tuple(take(array, order, begin, min(begin + size, rows)) for array in arrays) for begin in begins)
+            batches = (take(arrays, order, begin, min(begin + size, rows)) for begin in begins)
         else:
-            batches = (tuple(array[begin : begin + size] for array in arrays) for begin in begins)
-        yield from batches if len(arrays) > 1 else (batch[0] for batch in batches)
+            batches = (tuple([array[begin : begin + size] for array in arrays]) for begin in begins)
+        return batches if len(arrays) > 1 else (batch[0] for batch in batches)

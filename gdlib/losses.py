@@ -1,13 +1,18 @@
 """Losses with explicit gradients, under PyTorch's names."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gdlib import _core, validation
 from gdlib.errors import DivergenceError
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+_INFINITY = float("inf")
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -30,19 +35,18 @@ class MSELoss:
 
     def __call__(self, output: Any, target: Any) -> float | npt.NDArray[Any]:
         try:
-            if output.shape != target.shape:
-                raise ValueError
             total = _core.squared_error_sum(output, target)
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError):
             output, target = self._convert(output, target)
             total = _core.squared_error_sum(output, target)
-        if not total < np.inf:
+        if not total < _INFINITY:
             self._explain(output, target)
         self._last = (output, target)
-        if self.reduction == "none":
-            return _core.squared_error_terms(output, target)
-        count: int = output.size
-        return total / count if self.reduction == "mean" else total
+        reduction = self.reduction
+        if reduction == "mean":
+            count: int = output.size
+            return total / count
+        return total if reduction == "sum" else _core.squared_error_terms(output, target)
 
     def backward(self, gradient: Any = None) -> npt.NDArray[Any]:
         """The gradient with respect to the output of the last call, of its shape."""

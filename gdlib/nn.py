@@ -1,14 +1,17 @@
 """Layers with explicit gradients, under PyTorch's names. Every parameter of a model is a view into one flat vector (its arena)."""
 
-import secrets
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gdlib import _core, validation
 from gdlib.errors import DivergenceError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 LINE_BYTES = 64  # vector loads of a whole cache line never straddle two
 
@@ -104,7 +107,7 @@ class Linear:
         self._arena = Arena(weights + (self.out_features if bias else 0), self.dtype)
         self.weight = Parameter(self._arena, 0, (self.out_features, self.in_features), "weight")
         self.bias = Parameter(self._arena, weights, (self.out_features,), "bias") if bias else None
-        seed = secrets.randbits(64) if seed is None else validation.as_seed(seed)
+        seed = validation.fresh_seed() if seed is None else validation.as_seed(seed)
         _core.fill_uniform(seed, 1.0 / np.sqrt(self.in_features), self._arena.data)
         self._input: npt.NDArray[Any] | None = None
         self.feature_names: list[str] | None = None
@@ -162,9 +165,8 @@ class Linear:
         if x is None:
             raise RuntimeError("backward has no input to work with; call the model on a batch first.")
         bias = None if self.bias is None else self.bias._grad
-        result = np.empty((len(x), self.in_features), self.dtype)
         try:
-            _core.linear_backward(gradient, x, self.weight._data, self.weight._grad, bias, result)
+            return _core.linear_backward(gradient, x, self.weight._data, self.weight._grad, bias)
         except (TypeError, ValueError):
             array = validation.as_array(gradient, "the gradient")
             if array.ndim == 0 or array.shape[-1] != self.out_features or array.size != len(x) * self.out_features:
@@ -172,9 +174,8 @@ class Linear:
                     f"the gradient has shape {array.shape}; that of the last output, {len(x)} rows of {self.out_features}, is wanted."
                 ) from None
             flat = np.ascontiguousarray(validation.as_dtype(array, self.dtype)).reshape(-1, self.out_features)
-            _core.linear_backward(flat, x, self.weight._data, self.weight._grad, bias, result)
+            result = _core.linear_backward(flat, x, self.weight._data, self.weight._grad, bias)
             return result.reshape(*array.shape[:-1], self.in_features)
-        return result
 
     def zero_grad(self) -> None:
         """Set every gradient to zero."""

@@ -1,12 +1,15 @@
 """Optimizers under PyTorch's names: stochastic gradient descent, and gradient descent over all rows."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from __future__ import annotations
 
-import numpy.typing as npt
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from gdlib import _core, validation
 from gdlib.nn import Arena, Parameter, aligned_zeros
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 # One group's update for the engine: begin, end, lr, momentum, dampening, weight_decay, nesterov, maximize, first_step.
 UpdateRange = tuple[int, int, float, float, float, float, bool, bool, bool]
@@ -86,6 +89,7 @@ class SGD:
         for group in self.param_groups:
             self._check(group)
         self._runs = [_runs(group["params"]) for group in self.param_groups]
+        self._flat = [(group, run) for group, runs in zip(self.param_groups, self._runs, strict=True) for run in runs]
 
     def _check_lr(self, lr: Any) -> None:
         validation.as_number(lr, "lr", positive=True)
@@ -99,33 +103,30 @@ class SGD:
 
     def zero_grad(self) -> None:
         """Set the gradient of every parameter to zero."""
-        for runs in self._runs:
-            for run in runs:
-                run.grad.fill(0)
+        for _, run in self._flat:
+            run.grad.fill(0)
 
     def step(self) -> None:
         """Update every parameter from its `.grad`, in place."""
-        for group, runs in zip(self.param_groups, self._runs, strict=True):
-            momentum = group["momentum"]
-            lr = group["lr"]
+        for group, run in self._flat:
+            momentum, lr = group["momentum"], group["lr"]
             if not lr > 0:
                 self._check(group)
-            for run in runs:
-                if momentum and run.buffer is None:
-                    run.buffer = aligned_zeros(run.end - run.begin, run.data.dtype)
-                _core.sgd_update(
-                    run.data,
-                    run.grad,
-                    run.buffer if momentum else None,
-                    lr,
-                    momentum,
-                    group["dampening"],
-                    group["weight_decay"],
-                    group["nesterov"],
-                    group["maximize"],
-                    not run.started,
-                )
-                run.started = momentum != 0
+            if momentum and run.buffer is None:
+                run.buffer = aligned_zeros(run.end - run.begin, run.data.dtype)
+            _core.sgd_update(
+                run.data,
+                run.grad,
+                run.buffer if momentum else None,
+                lr,
+                momentum,
+                group["dampening"],
+                group["weight_decay"],
+                group["nesterov"],
+                group["maximize"],
+                not run.started,
+            )
+            run.started = momentum != 0
 
     def update_ranges(self, arena: Arena) -> list[UpdateRange]:
         """What the engine needs to update this arena. Raises ValueError when a parameter lies in another one."""

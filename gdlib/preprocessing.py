@@ -1,12 +1,16 @@
 """Standardisation, and folding it into a layer so that a saved model takes raw measurements."""
 
-from typing import Any, Self
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from gdlib import validation
 from gdlib.nn import Linear
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 class StandardScaler:

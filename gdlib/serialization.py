@@ -1,16 +1,21 @@
-"""Model files: safetensors with the architecture, names and training summary in the metadata; written whole or not at all."""
+"""Model files: safetensors with the architecture, names and training summary in the metadata; written whole or not at all.
 
-import json
+What only these calls need is imported by them: `import gdlib` stays quick.
+"""
+
+from __future__ import annotations
+
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gdlib import validation
 from gdlib.nn import Linear
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMAT = "gdlib"
 FORMAT_VERSION = "1"
@@ -18,6 +23,8 @@ FORMAT_VERSION = "1"
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, and rename: a crash leaves the old file or the new one."""
+    import tempfile
+
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -48,6 +55,9 @@ def save(
     Names default to those that the model has. The file appears whole or not at all. Raises ValueError for a wrong number of names and
     for parameters that are not finite, OSError when the file cannot be written.
     """
+    import json
+    from pathlib import Path
+
     from safetensors.numpy import save as to_bytes
 
     if not isinstance(model, Linear):
@@ -83,6 +93,9 @@ def load(path: str | os.PathLike[str]) -> Linear:
     Raises FileNotFoundError, and ValueError for a file that is truncated, is no safetensors file, was not written by gdlib, or does not
     hold what its architecture says.
     """
+    import json
+    from pathlib import Path
+
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)

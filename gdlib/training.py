@@ -1,14 +1,12 @@
 """fit(): a whole training run in one native call, and what is said when it goes wrong."""
 
-import secrets
+from __future__ import annotations
+
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gdlib import _core, validation
 from gdlib.errors import DivergenceError
@@ -16,20 +14,31 @@ from gdlib.losses import MSELoss
 from gdlib.nn import Linear
 from gdlib.optim import GD, SGD, UpdateRange
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy.typing as npt
+
 DEFAULT_BATCH_SIZE = 32
 # An epoch this many times worse than both the start and a model that answers zero has exploded: transients of momentum stay below 10.
 EXPLOSION = 100.0
 
 
-@dataclass
 class History:
-    """What a run of `fit` did: `loss`, one value per epoch (of the parameters before each step, averaged over rows and outputs, or
-    summed for reduction "sum"), `seconds` in training, `rows_per_second`, and `lr` of each group."""
+    """What a run of `fit` did.
 
-    loss: list[float]
-    seconds: float
-    rows_per_second: float
-    lr: list[float] = field(default_factory=list)
+    `loss` has one value per epoch: of the parameters before each step, averaged over rows and outputs, or summed for reduction "sum".
+    `seconds` is the time in training, `rows_per_second` follows from it, and `lr` holds the learning rate of each group.
+    """
+
+    def __init__(self, loss: list[float], seconds: float, rows_per_second: float, lr: list[float]) -> None:
+        self.loss = loss
+        self.seconds = seconds
+        self.rows_per_second = rows_per_second
+        self.lr = lr
+
+    def __repr__(self) -> str:
+        return f"History({len(self.loss)} epochs, final loss {self.loss[-1]:.6g}, {self.seconds:.3g} s, lr {self.lr})"
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the loss by epoch; returns the matplotlib Axes, and writes a picture (format by suffix) when `path` is given.
@@ -96,7 +105,7 @@ def _stable_lr(model: Linear, X: npt.NDArray[Any], loss: MSELoss, batch_size: in
 
 def _epoch_seeds(seed: int | Sequence[int] | None, epochs: int) -> npt.NDArray[np.uint64]:
     if seed is None:
-        return np.array([secrets.randbits(64) for _ in range(epochs)], np.uint64)
+        return np.array([validation.fresh_seed() for _ in range(epochs)], np.uint64)
     if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, (str, bytes)):
         if len(seed) != epochs:
             raise ValueError(f"seed holds {len(seed)} numbers; one for each of {epochs} epochs is wanted, or a single one.")

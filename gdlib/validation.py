@@ -3,13 +3,16 @@
 An array that already has the wanted dtype and layout passes through without a copy, read-only or not.
 """
 
+from __future__ import annotations
+
+import os
 from collections.abc import Sequence
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 def as_array(value: Any, name: str) -> npt.NDArray[Any]:
@@ -112,6 +115,11 @@ def as_number(value: Any, name: str, *, positive: bool = False) -> float:
     if not np.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{name} is {value!r}; a finite number {'above 0' if positive else 'of at least 0'} is wanted.")
     return number
+
+
+def fresh_seed() -> int:
+    """64 bits from the operating system."""
+    return int.from_bytes(os.urandom(8), "little")
 
 
 def as_seed(value: Any, name: str = "seed") -> int:

@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <string>
 
@@ -49,7 +50,10 @@ inline py::array as_array(py::handle value, const char* name) {
 
 template <class T>
 bool has_dtype(const py::array& array) {
-  return py::detail::npy_api::get().PyArray_EquivTypes_(array.dtype().ptr(), py::dtype::of<T>().ptr()) &&
+  // NumPy has one object for each built-in dtype, which nearly every array holds; others may be equal to it.
+  static PyObject* const native = py::dtype::of<T>().release().ptr();
+  PyObject* const dtype = py::detail::array_proxy(array.ptr())->descr;
+  return (dtype == native || py::detail::npy_api::get().PyArray_EquivTypes_(dtype, native)) &&
          (array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_);
 }
 
@@ -117,6 +121,13 @@ inline void require_shape(py::handle value, std::size_t rows, std::size_t cols, 
   const py::array array = as_array(value, name);
   if (array.ndim() != 2 || static_cast<std::size_t>(array.shape(0)) != rows || static_cast<std::size_t>(array.shape(1)) != cols)
     throw py::value_error(std::string(name) + " must have shape [" + std::to_string(rows) + ", " + std::to_string(cols) + "].");
+}
+
+// Both have the same shape.
+inline void require_same_shape(py::handle value, py::handle other, const char* name) {
+  const py::array a = as_array(value, name), b = as_array(other, name);
+  if (a.ndim() != b.ndim() || !std::equal(a.shape(), a.shape() + a.ndim(), b.shape()))
+    throw py::value_error(std::string(name) + " has another shape.");
 }
 
 // Calls body with a float or a double, by the array's dtype.

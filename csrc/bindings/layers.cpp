@@ -34,6 +34,11 @@ Layer<T> read_layer(py::handle weight, py::handle bias) {
   return layer;
 }
 
+template <class T>
+Array new_matrix(std::size_t rows, std::size_t cols) {
+  return py::reinterpret_steal<Array>(py::array_t<T>({static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(cols)}).release());
+}
+
 Array forward(const Array& x, const Array& weight, const OptionalArray& bias, const OptionalArray& out) {
   return with_dtype(weight, "weight", [&](auto zero) -> Array {
     using T = decltype(zero);
@@ -41,8 +46,7 @@ Array forward(const Array& x, const Array& weight, const OptionalArray& bias, co
     const Rows<T> rows = read_rows<T>(x, "x");
     require_size(rows.cols, layer.in_features, "a row of x");
     Array result = py::reinterpret_borrow<Array>(out);
-    if (out.is_none())
-      result = py::array_t<T>({static_cast<py::ssize_t>(rows.rows), static_cast<py::ssize_t>(layer.out_features)});
+    if (out.is_none()) result = new_matrix<T>(rows.rows, layer.out_features);
     const Flat<T> y = write_flat<T>(result, "out");
     require_shape(result, rows.rows, layer.out_features, "out");
     bool finite;
@@ -59,9 +63,9 @@ Array forward(const Array& x, const Array& weight, const OptionalArray& bias, co
   });
 }
 
-void backward(const Array& g, const Array& x, const Array& weight, const Array& weight_gradient, const OptionalArray& bias_gradient,
-              const OptionalArray& input_gradient) {
-  with_dtype(weight, "weight", [&](auto zero) {
+Array backward(const Array& g, const Array& x, const Array& weight, const Array& weight_gradient, const OptionalArray& bias_gradient,
+               const OptionalArray& input_gradient) {
+  return with_dtype(weight, "weight", [&](auto zero) -> Array {
     using T = decltype(zero);
     const Layer<T> layer = read_layer<T>(weight, py::none());
     const Rows<T> rows = read_rows<T>(x, "x");
@@ -76,14 +80,16 @@ void backward(const Array& g, const Array& x, const Array& weight, const Array& 
       require_size(flat.size, layer.out_features, "bias.grad");
       bias = flat.data;
     }
-    T* input = nullptr;
-    if (!input_gradient.is_none()) {
-      input = write_flat<T>(input_gradient, "input_gradient").data;
-      require_shape(input_gradient, rows.rows, layer.in_features, "input_gradient");
+    Array result = py::reinterpret_borrow<Array>(input_gradient);
+    if (input_gradient.is_none()) result = new_matrix<T>(rows.rows, layer.in_features);
+    T* const input = write_flat<T>(result, "input_gradient").data;
+    require_shape(result, rows.rows, layer.in_features, "input_gradient");
+    {
+      const WithoutGil released;
+      linear_backward<T>(rows.rows, layer.in_features, layer.out_features, output.data, rows.data, rows.stride, layer.weight,
+                         weights.data, bias, input);
     }
-    const WithoutGil released;
-    linear_backward<T>(rows.rows, layer.in_features, layer.out_features, output.data, rows.data, rows.stride, layer.weight, weights.data,
-                       bias, input);
+    return result;
   });
 }
 
@@ -91,7 +97,7 @@ double squared_error_sum(const Array& output, const Array& target) {
   return with_dtype(output, "output", [&](auto zero) {
     using T = decltype(zero);
     const Flat<const T> o = read_flat<T>(output, "output"), t = read_flat<T>(target, "target");
-    require_size(t.size, o.size, "target");
+    require_same_shape(target, output, "target");
     if (o.size == 0) throw py::value_error("output is empty.");
     const WithoutGil released;
     return table<T>().squared_error_sum(o.size, o.data, t.data);
@@ -104,7 +110,7 @@ Array elementwise(const Array& output, const Array& target, Kernel kernel) {
   return with_dtype(output, "output", [&](auto zero) -> Array {
     using T = decltype(zero);
     const Flat<const T> o = read_flat<T>(output, "output"), t = read_flat<T>(target, "target");
-    require_size(t.size, o.size, "target");
+    require_same_shape(target, output, "target");
     const py::array shape = as_array(output, "output");
     py::array_t<T> result(std::vector<py::ssize_t>(shape.shape(), shape.shape() + shape.ndim()));
     T* const data = result.mutable_data();
@@ -124,6 +130,7 @@ void sgd_update(const Array& parameter, const Array& gradient, const OptionalArr
     const Flat<const T> g = read_flat<T>(gradient, "gradient");
     require_size(g.size, p.size, "gradient");
     T* buffer = nullptr;
+    if (momentum != 0.0 && momentum_buffer.is_none()) throw py::value_error("momentum needs a buffer.");
     if (!momentum_buffer.is_none()) {
       const Flat<T> flat = write_flat<T>(momentum_buffer, "momentum_buffer");
       require_size(flat.size, p.size, "momentum_buffer");
@@ -165,8 +172,9 @@ void define_layers(py::module_& m) {
   m.def("linear_forward", forward, "y[rows, out] = x weight^T + bias, into `out` when one is given.", py::arg("x"), py::arg("weight"),
         py::arg("bias"), py::arg("out") = py::none());
   m.def("linear_backward", backward,
-        "weight_gradient += g^T x, bias_gradient += column sums of g, input_gradient = g weight, in place.",
-        py::arg("g"), py::arg("x"), py::arg("weight"), py::arg("weight_gradient"), py::arg("bias_gradient"), py::arg("input_gradient"));
+        "weight_gradient += g^T x and bias_gradient += column sums of g, in place; returns the gradient of x, g weight, into "
+        "`input_gradient` when one is given.",
+        py::arg("g"), py::arg("x"), py::arg("weight"), py::arg("weight_gradient"), py::arg("bias_gradient"), py::arg("input_gradient") = py::none());
   m.def("squared_error_sum", squared_error_sum, "sum of (output - target)^2, carried in double.", py::arg("output"), py::arg("target"));
   m.def(
       "squared_error_terms",

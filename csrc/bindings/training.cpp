@@ -120,7 +120,7 @@ double squared_error(const Array& x, const Array& target, const Array& parameter
     require_size(p.size, shape.parameters(), "the parameters");
     AlignedVector<T> gradient(p.size);
     LinearScratch<T> scratch;
-    const Batch<T> batch{rows.data, rows.stride, y.data, nullptr, rows.rows, 0};
+    const Batch<T> batch{rows.data, rows.stride, y.data, nullptr, rows.rows, 0, true};
     const auto [sum, failed] = interruptible(std::nullopt, [&](Interrupt& interrupt) {
       return linear_squared_error_gradient(shape, batch, p.data, gradient.data(), scratch, interrupt);
     });
@@ -150,27 +150,35 @@ Array order_of(std::uint64_t seed, std::uint32_t rows) {
   return py::array_t<std::uint32_t>(static_cast<py::ssize_t>(rows), order.data());
 }
 
-// A new array of the rows array[order[begin]], ..., array[order[end - 1]]; any dtype without Python objects.
-Array take_rows(const Array& source, const Array& order, std::size_t begin, std::size_t end) {
-  const py::array array = as_array(source, "the array");
+using Arrays = py::typing::Tuple<Array, py::ellipsis>;
+
+// For each array a new one of its rows order[begin], ..., order[end - 1]; any dtype without Python objects.
+Arrays take_rows(const Arrays& arrays, const Array& order, std::size_t begin, std::size_t end) {
   const Flat<const std::uint32_t> index = read_flat<std::uint32_t>(order, "order");
-  if (array.ndim() < 1 || !(array.flags() & py::array::c_style) || array.dtype().attr("hasobject").cast<bool>())
-    throw py::value_error("the array must be C-contiguous, with one dimension or more, and hold no Python objects.");
   if (begin > end || end > index.size) throw py::value_error("the range does not lie inside the order.");
-  const auto rows = static_cast<std::size_t>(array.shape(0));
-  for (std::size_t i = begin; i < end; ++i)
-    if (index.data[i] >= rows) throw py::index_error("order names a row that the array does not have.");
-  std::vector<py::ssize_t> shape(array.shape(), array.shape() + array.ndim());
-  shape[0] = static_cast<py::ssize_t>(end - begin);
-  py::array result(array.dtype(), shape);
-  const std::size_t row_bytes = rows ? static_cast<std::size_t>(array.nbytes()) / rows : 0;
-  const char* const from = static_cast<const char*>(array.data());
-  char* const to = static_cast<char*>(result.mutable_data());
-  {
-    const WithoutGil released;
-    for (std::size_t i = begin; i < end; ++i) std::memcpy(to + (i - begin) * row_bytes, from + index.data[i] * row_bytes, row_bytes);
+  const std::size_t count = end - begin;
+  const std::uint32_t largest = count ? *std::max_element(index.data + begin, index.data + end) : 0;
+  py::tuple results(arrays.size());
+  for (std::size_t k = 0; k < arrays.size(); ++k) {
+    const py::array array = as_array(arrays[k], "the array");
+    constexpr std::uint64_t has_objects = 1;  // NPY_ITEM_HASOBJECT
+    if (array.ndim() < 1 || !(array.flags() & py::array::c_style) || (array.dtype().flags() & has_objects))
+      throw py::value_error("the array must be C-contiguous, with one dimension or more, and hold no Python objects.");
+    const auto rows = static_cast<std::size_t>(array.shape(0));
+    if (count && largest >= rows) throw py::index_error("order names a row that the array does not have.");
+    std::vector<py::ssize_t> shape(array.shape(), array.shape() + array.ndim());
+    shape[0] = static_cast<py::ssize_t>(count);
+    py::array result(array.dtype(), std::move(shape));
+    const std::size_t row_bytes = rows ? static_cast<std::size_t>(array.nbytes()) / rows : 0;
+    const char* const from = static_cast<const char*>(array.data());
+    char* const to = static_cast<char*>(result.mutable_data());
+    {
+      const WithoutGil released;
+      for (std::size_t i = 0; i < count; ++i) std::memcpy(to + i * row_bytes, from + index.data[begin + i] * row_bytes, row_bytes);
+    }
+    results[k] = std::move(result);
   }
-  return result;
+  return results;
 }
 
 void uniform(std::uint64_t seed, double bound, const Array& out) {
@@ -196,9 +204,9 @@ void define_training(py::module_& m) {
   m.def("hessian_eigenvalue", hessian_eigenvalue, "The largest eigenvalue of 2 [x 1]^T [x 1] (without bias, 2 x^T x).", py::arg("x"),
         py::arg("has_bias"));
   m.def("shuffle_order", order_of, "The pseudo-random order of 0 ... rows - 1 that belongs to a seed.", py::arg("seed"), py::arg("rows"));
-  m.def("take_rows", take_rows, "A new array of the rows array[order[begin:end]].", py::arg("array"), py::arg("order"), py::arg("begin"),
-        py::arg("end"));
-  m.def("fill_uniform", uniform, "Fills out with numbers uniform in [-bound, bound), in place.", py::arg("seed"), py::arg("bound"),
+  m.def("take_rows", take_rows, "For each array a new one of its rows order[begin:end].", py::arg("arrays"), py::arg("order"),
+        py::arg("begin"), py::arg("end"));
+  m.def("fill_uniform", uniform, "Fills out with numbers uniform in [-bound, bound], in place.", py::arg("seed"), py::arg("bound"),
         py::arg("out"));
 }
 

@@ -28,8 +28,13 @@ void pack_panel(std::size_t depth, std::size_t width, std::size_t present, const
   if (width_stride == 1) {
     for (std::size_t d = 0; d < depth; ++d) std::memcpy(panel + d * width, source + d * depth_stride, present * sizeof(T));
   } else {
-    for (std::size_t k = 0; k < present; ++k)
-      for (std::size_t d = 0; d < depth; ++d) panel[d * width + k] = source[d * depth_stride + k * width_stride];
+    // A transposition, in strips of a cache line of the source: the part of the panel that a strip fills stays in L1.
+    constexpr std::size_t strip = 64 / sizeof(T);
+    for (std::size_t begin = 0; begin < depth; begin += strip) {
+      const std::size_t end = std::min(depth, begin + strip);
+      for (std::size_t k = 0; k < present; ++k)
+        for (std::size_t d = begin; d < end; ++d) panel[d * width + k] = source[d * depth_stride + k * width_stride];
+    }
   }
 }
 

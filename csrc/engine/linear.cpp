@@ -96,6 +96,7 @@ double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& b
     s.index = batch.index ? batch.index + begin : nullptr;
     s.rows = rows;
     s.rows_ahead = batch.rows - begin - rows + batch.rows_ahead;
+    s.prefetch = batch.prefetch;
     s.in_features = shape.in_features;
     s.out_features = shape.out_features;
     s.weight = parameters;
@@ -133,7 +134,7 @@ double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, cons
                                  Interrupt& interrupt) {
   const LinearShape shape{in_features, 1, has_bias};
   const std::size_t n = shape.parameters();
-  const Batch<T> all{x, x_stride, nullptr, nullptr, rows, 0};
+  const Batch<T> all{x, x_stride, nullptr, nullptr, rows, 0, true};
   AlignedVector<T> direction(n), image(n);
   LinearScratch<T> scratch;
   // Unequal components, so that the start is not orthogonal to the wanted direction by some symmetry of the data.

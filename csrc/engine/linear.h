@@ -27,7 +27,8 @@ struct Batch {
   const T* target;
   const std::uint32_t* index;
   std::size_t rows;
-  std::size_t rows_ahead;  // further rows behind these, for prefetching
+  std::size_t rows_ahead;  // further rows behind these
+  bool prefetch;           // the data set is larger than the caches
 };
 
 // A linear layer whose parameters lie in one vector: weight[out, in], then bias[out] if any.

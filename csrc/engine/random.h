@@ -17,7 +17,7 @@ inline std::uint64_t random_bits(std::uint64_t seed, std::uint64_t counter) {
   return z ^ (z >> 31);
 }
 
-// out[i] uniform in [-bound, bound), from 53 bits: a float32 model is the rounded float64 one.
+// out[i] uniform in [-bound, bound), from 53 bits; a float32 one is rounded from that, which can reach the bound.
 template <class T>
 void fill_uniform(std::uint64_t seed, double bound, std::size_t n, T* out) {
   for (std::size_t i = 0; i < n; ++i) {

@@ -14,7 +14,8 @@ namespace {
 template <class T>
 class RowSource {
  public:
-  explicit RowSource(const Round<T>& round) : round_(round) {}
+  explicit RowSource(const Round<T>& round)
+      : round_(round), prefetch_(round.rows * round.shape.in_features * sizeof(T) > half_of_l2) {}
 
   void begin_epoch(std::uint64_t epoch) {
     if (!round_.epoch_seeds) return;
@@ -27,7 +28,7 @@ class RowSource {
   Batch<T> batch(std::uint64_t number) const {
     const std::size_t begin = number * round_.batch_size;
     const std::size_t rows = std::min(round_.batch_size, round_.rows - begin);
-    Batch<T> batch{round_.x, round_.x_stride, round_.target, nullptr, rows, round_.rows - begin - rows};
+    Batch<T> batch{round_.x, round_.x_stride, round_.target, nullptr, rows, round_.rows - begin - rows, prefetch_};
     if (round_.epoch_seeds) {
       batch.index = order_.data() + begin;
     } else {
@@ -38,7 +39,10 @@ class RowSource {
   }
 
  private:
+  static constexpr std::size_t half_of_l2 = 512 << 10;  // of the smallest L2 in use, 1 MiB: prefetching within it only costs
+
   const Round<T>& round_;
+  bool prefetch_;
   std::optional<std::uint64_t> seed_;
   AlignedVector<std::uint32_t> order_;
 };

@@ -28,7 +28,8 @@ struct LinearStep {
   size_t x_stride;
   const uint32_t* index;  // [rows] row numbers into x and target, or null: rows 0, 1, 2, ...
   size_t rows;
-  size_t rows_ahead;      // rows after these that will be visited next: prefetched, never used
+  size_t rows_ahead;      // rows after these that may be read next
+  bool prefetch;          // x is larger than the caches: ask for the next rows while these are in work
   size_t in_features;
   size_t out_features;
   const T* weight;        // [out_features, in_features]

@@ -60,8 +60,9 @@ inline Vector<T> group_dot(const T* const* row, size_t in_features, const T* wei
 }
 
 // gradient[Vectors * lanes] (+)= sum over the block of factor * row, for Vectors whole vectors of features or, with a tail, part of one.
-template <int Vectors, int Chains, bool Tail, class T>
-inline void block_gradient_part(const Block<T>& block, size_t j, size_t tail, bool accumulate, T* gradient) {
+// Ahead: asks for the same features of the next block meanwhile, so that the memory is busy while the arithmetic is in the cache.
+template <int Vectors, int Chains, bool Tail, bool Ahead, class T>
+inline void block_gradient_part(const Block<T>& block, const Block<T>& next, size_t j, size_t tail, bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
   Vector<T> sum[Vectors][Chains];
   for (int v = 0; v < Vectors; ++v)
@@ -71,6 +72,9 @@ inline void block_gradient_part(const Block<T>& block, size_t j, size_t tail, bo
     for (int c = 0; c < Chains; ++c) {
       const Vector<T> factor = broadcast(block.factor[l + c]);
       const T* const row = block.row[l + c] + j;
+      if (Ahead)
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) __builtin_prefetch(next.row[l + c] + j + v * w);
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) sum[v][c] = fma(Tail ? load_partial(row, tail) : load(row + v * w), factor, sum[v][c]);
     }
@@ -83,15 +87,15 @@ inline void block_gradient_part(const Block<T>& block, size_t j, size_t tail, bo
 }
 
 // gradient[in_features] (+)= sum over the block of factor[l] * row[l]
-template <class T>
-inline void block_gradient(const Block<T>& block, size_t in_features, bool accumulate, T* gradient) {
+template <bool Ahead, class T>
+inline void block_gradient(const Block<T>& block, const Block<T>& next, size_t in_features, bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
   // Vectors x chains is 8 or fewer: the latency (4) times the ports (2) of a fused multiply-add. A group has 2 rows at least.
   constexpr int chains = w < 4 ? 2 : 4;
   size_t j = 0;
-  for (; j + 4 * w <= in_features; j += 4 * w) block_gradient_part<4, 2, false>(block, j, 0, accumulate, gradient);
-  for (; j + w <= in_features; j += w) block_gradient_part<1, chains, false>(block, j, 0, accumulate, gradient);
-  if (j < in_features) block_gradient_part<1, chains, true>(block, j, in_features - j, accumulate, gradient);
+  for (; j + 4 * w <= in_features; j += 4 * w) block_gradient_part<4, 2, false, Ahead>(block, next, j, 0, accumulate, gradient);
+  for (; j + w <= in_features; j += w) block_gradient_part<1, chains, false, Ahead>(block, next, j, 0, accumulate, gradient);
+  if (j < in_features) block_gradient_part<1, chains, true, Ahead>(block, next, j, in_features - j, accumulate, gradient);
 }
 
 // y[rows, out] = x[rows, in] weight^T + bias
@@ -126,60 +130,65 @@ void linear_gradient(size_t rows, size_t in_features, size_t out_features, const
       Vector<T> sum = zero<T>();
       for (size_t l = 0; l < block.padded; ++l) block.factor[l] = l < block.present ? g[(first + l) * out_features + o] : T(0);
       for (size_t l = 0; l < block.padded; l += lanes<T>) sum += load(block.factor + l);
-      block_gradient(block, in_features, true, weight_gradient + o * in_features);
+      block_gradient<false>(block, block, in_features, true, weight_gradient + o * in_features);
       if (bias_gradient) bias_gradient[o] += sum_lanes<T>(sum);
     }
   }
 }
 
-// Asks for rows that will be visited next: shuffled rows have no pattern that the hardware could follow.
+// The residuals of a block for one output become its factors, 2 r; returns the sum of r^2 and adds that of 2 r to the bias gradient.
 template <class T>
-inline void prefetch_rows(const LinearStep<T>& s, size_t begin, size_t end) {
-  constexpr size_t line_elements = 64 / sizeof(T);
-  for (size_t r = begin; r < end; ++r) {
-    const T* const row = s.x + s.index[r] * s.x_stride;
-    for (size_t j = 0; j < s.in_features; j += line_elements) __builtin_prefetch(row + j);
-    __builtin_prefetch(row + s.in_features - 1);
+inline double block_residuals(const LinearStep<T>& s, size_t first, size_t o, Block<T>& block) {
+  constexpr size_t w = lanes<T>;
+  if (s.target)
+    for (size_t l = 0; l < block.padded; ++l) {
+      const size_t r = first + (l < block.present ? l : 0);
+      block.factor[l] = s.target[(s.index ? s.index[r] : r) * s.out_features + o];
+    }
+  Vector<T> bias_sum = zero<T>(), loss_sum = zero<T>();
+  for (size_t l = 0; l < block.padded; l += w) {
+    Vector<T> residual = group_dot(block.row + l, s.in_features, s.weight + o * s.in_features);
+    if (s.bias) residual += broadcast(s.bias[o]);
+    if (s.target) residual -= load(block.factor + l);
+    if (block.present - l < w) {
+      store(block.factor + l, residual);
+      residual = load_partial(block.factor + l, block.present - l);
+    }
+    const Vector<T> gradient = SquaredError::gradient(residual);
+    store(block.factor + l, gradient);
+    bias_sum += gradient;
+    loss_sum += SquaredError::term(residual);
   }
+  if (s.bias_gradient) s.bias_gradient[o] = (first ? s.bias_gradient[o] : T(0)) + sum_lanes<T>(bias_sum);
+  return (double)sum_lanes<T>(loss_sum);
 }
 
 // One pass: residual r = x weight^T + bias - target, gradient 2 r^T x; returns the sum of r^2.
 template <class T>
 double linear_step(const LinearStep<T>& s) {
-  constexpr size_t w = lanes<T>;
-  const size_t in = s.in_features, out = s.out_features;
+  const size_t in = s.in_features, known = s.rows + s.rows_ahead;
   const size_t block_rows = Block<T>::rows_for(in);
-  const size_t visited = s.rows + s.rows_ahead;
-  Block<T> block;
+  const auto count_from = [&](size_t first, size_t end) { return end - first < block_rows ? end - first : block_rows; };
+  Block<T> blocks[2];
+  Block<T>*block = &blocks[0], *next = &blocks[1];
+  block->gather(s.x, s.x_stride, s.index, 0, count_from(0, s.rows));
   double loss = 0;
   for (size_t first = 0; first < s.rows; first += block_rows) {
-    const size_t end = s.rows - first < block_rows ? s.rows : first + block_rows;
-    block.gather(s.x, s.x_stride, s.index, first, end - first);
-    if (s.index && visited > s.rows) prefetch_rows(s, end, visited - end < block_rows ? visited : end + block_rows);
-    for (size_t o = 0; o < out; ++o) {
-      if (s.target)
-        for (size_t l = 0; l < block.padded; ++l) {
-          const size_t r = first + (l < block.present ? l : 0);
-          block.factor[l] = s.target[(s.index ? s.index[r] : r) * out + o];
-        }
-      Vector<T> bias_sum = zero<T>(), loss_sum = zero<T>();
-      for (size_t l = 0; l < block.padded; l += w) {
-        Vector<T> residual = group_dot(block.row + l, in, s.weight + o * in);
-        if (s.bias) residual += broadcast(s.bias[o]);
-        if (s.target) residual -= load(block.factor + l);
-        if (block.present - l < w) {
-          store(block.factor + l, residual);
-          residual = load_partial(block.factor + l, block.present - l);
-        }
-        const Vector<T> gradient = SquaredError::gradient(residual);
-        store(block.factor + l, gradient);
-        bias_sum += gradient;
-        loss_sum += SquaredError::term(residual);
-      }
-      block_gradient(block, in, first != 0, s.weight_gradient + o * in);
-      if (s.bias_gradient) s.bias_gradient[o] = (first ? s.bias_gradient[o] : T(0)) + sum_lanes<T>(bias_sum);
-      loss += (double)sum_lanes<T>(loss_sum);
+    const size_t following = first + block->present;
+    const bool ahead = s.prefetch && following < known;
+    if (ahead || following < s.rows)
+      next->gather(s.x, s.x_stride, s.index, following, count_from(following, following < s.rows ? s.rows : known));
+    for (size_t o = 0; o < s.out_features; ++o) {
+      loss += block_residuals(s, first, o, *block);
+      T* const gradient = s.weight_gradient + o * in;
+      if (ahead && o == 0 && next->padded >= block->padded)
+        block_gradient<true>(*block, *next, in, first != 0, gradient);
+      else
+        block_gradient<false>(*block, *block, in, first != 0, gradient);
     }
+    Block<T>* const done = block;
+    block = next;
+    next = done;
   }
   return loss;
 }

@@ -218,19 +218,19 @@ def test_output_of_its_own():
 )
 def test_take_rows_refuses(array):
     with pytest.raises((TypeError, ValueError), match=r"array"):
-        _core.take_rows(array, np.zeros(1, np.uint32), 0, 1)
+        _core.take_rows((array,), np.zeros(1, np.uint32), 0, 1)
 
 
 def test_take_rows_refuses_an_order_that_does_not_fit():
     array, order = np.ones((3, 2)), np.array([0, 1, 3], np.uint32)
     with pytest.raises(IndexError):
-        _core.take_rows(array, order, 0, 3)
-    assert _core.take_rows(array, order, 0, 2).shape == (2, 2)  # the row that does not exist is not asked for
+        _core.take_rows((array,), order, 0, 3)
+    assert _core.take_rows((array,), order, 0, 2)[0].shape == (2, 2)  # the row that does not exist is not asked for
     for begin, end in ((2, 1), (0, 4)):
         with pytest.raises(ValueError, match="range"):
-            _core.take_rows(array, order, begin, end)
+            _core.take_rows((array,), order, begin, end)
     with pytest.raises(TypeError):
-        _core.take_rows(array, order.astype(np.int64), 0, 2)
+        _core.take_rows((array,), order.astype(np.int64), 0, 2)
 
 
 @pytest.mark.parametrize("rows", [0, 5])

@@ -84,7 +84,7 @@ void check_step(std::size_t rows, std::size_t in, std::size_t out) {
   gdlib::shuffle_order(9, static_cast<std::uint32_t>(rows), order);
   gdlib::Interrupt interrupt(nullptr);
   gdlib::LinearScratch<T> scratch;
-  const gdlib::Batch<T> batch{x.data(), in, y.data(), order.data(), rows, 0};
+  const gdlib::Batch<T> batch{x.data(), in, y.data(), order.data(), rows, 0, true};
   const double loss = gdlib::linear_squared_error_gradient(shape, batch, p.data(), gradient.data(), scratch, interrupt);
   std::vector<double> wanted(shape.parameters()), size(shape.parameters());
   double wanted_loss = 0, loss_size = 0;
