@@ -27,7 +27,9 @@ def test_results_have_the_shape_of_the_output(isa, dtype):
     output, target = np.ones((3, 4, 5), dtype), np.zeros((3, 4, 5), dtype)
     assert _core.squared_error_terms(output, target).shape == (3, 4, 5)
     assert _core.squared_error_gradient(output, target, 1.0).shape == (3, 4, 5)
-    assert _core.squared_error_terms(np.zeros((0, 3), dtype), np.zeros(0, dtype)).shape == (0, 3)
+    assert _core.squared_error_terms(np.zeros((0, 3), dtype), np.zeros((0, 3), dtype)).shape == (0, 3)
+    with pytest.raises(ValueError, match="another shape"):
+        _core.squared_error_terms(output, target.ravel())
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.5, 1e-3])
