@@ -1,5 +1,8 @@
 """gdlib: train and serve linear models on a CPU, with native kernels and no autograd."""
 
+from importlib import import_module
+from typing import Any
+
 from gdlib.config import set_num_threads, show_config
 from gdlib.data import DataLoader
 from gdlib.errors import DivergenceError
@@ -26,3 +29,10 @@ __all__ = [
     "set_num_threads",
     "show_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Processes and servers cost more to import than the engine: they come when they are asked for.
+    if name in ("distributed", "serve"):
+        return import_module(f"gdlib.{name}")
+    raise AttributeError(f"module 'gdlib' has no attribute {name!r}")

@@ -3,6 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gdlib.serve.server import Server
 
 
 def _quickstart(arguments: argparse.Namespace) -> None:
@@ -14,7 +18,10 @@ def _quickstart(arguments: argparse.Namespace) -> None:
 def _serve(arguments: argparse.Namespace) -> None:
     from gdlib.serve import serve
 
-    serve(arguments.models, host=arguments.host, port=arguments.port)
+    def ready(server: "Server") -> None:
+        print(f"serving {arguments.models} at {server.url} (Ctrl-C ends it)", flush=True)
+
+    serve(arguments.models, host=arguments.host, port=arguments.port, ready=ready)
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,100 @@
+"""The command line: the main job from data to an answer over HTTP, serving, and errors that a user can mend."""
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+
+import gdlib
+from gdlib import cli, config
+from gdlib.datasets import load_diabetes
+
+
+def test_quickstart_does_the_whole_job(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("waitress")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["quickstart"]) == 0
+    out, err = capsys.readouterr()
+    for words in ("354 patients", "held-out R2   0.5", "rows per second", config.get_config()["isa"], "predicted progression", "in truth"):
+        assert words in out
+    assert "100/100" in err  # the progress bar
+    assert out.count("\n  ") == 3  # the commands to go on with
+    assert "<svg" in (tmp_path / "models/diabetes/1/learning_curve.svg").read_text()
+    model = gdlib.load(tmp_path / "models/diabetes/1/model.safetensors")
+    data = load_diabetes()
+    assert model.feature_names == data.feature_names
+    residual = model.predict(data.X)[:, 0] - data.y  # raw measurements: the standardisation is in the weights
+    assert 1 - np.square(residual).sum() / np.square(data.y - data.y.mean()).sum() > 0.5
+    assert model.training_summary["epochs"] == 100
+
+
+def test_serve_says_where_answers_and_ends_on_sigterm(tmp_path):
+    pytest.importorskip("waitress")
+    model = gdlib.Linear(2, 1, seed=0)
+    gdlib.save(model, tmp_path / "m" / "1" / "model.safetensors")
+    command = [sys.executable, "-m", "gdlib.cli", "serve", str(tmp_path), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        url = child.stdout.readline().split(" at ")[1].split()[0]
+        body = {"inputs": [{"name": "input", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"{url}/v2/models/m/infer", data=json.dumps(body).encode(), timeout=30) as answer:
+            got = json.load(answer)["outputs"][0]["data"]
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=30) == 0
+    np.testing.assert_allclose(got, model.predict([[1, 2]])[0], rtol=1e-6)
+
+
+def test_info_names_what_runs(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for name in ("isa", "features", "threads", "openmp", "cuda", gdlib.__version__):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["serve", "no-such-folder"], "no-such-folder is not a folder"), (["serve", ".", "--host", "0.0.0.0"], "host is '0.0.0.0'")],
+)
+def test_an_error_is_one_line(arguments, words, capsys):
+    pytest.importorskip("waitress")
+    assert cli.main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_command_is_needed(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    assert "quickstart" in capsys.readouterr().err
+
+
+def test_the_version_is_the_distributions():
+    from importlib.metadata import version
+
+    assert version("gdlib") == gdlib.__version__
+
+
+def test_subpackages_come_when_they_are_asked_for():
+    code = "import gdlib; print(gdlib.distributed.fit.__module__, gdlib.serve.create_app.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["gdlib.distributed.shared_memory", "gdlib.serve.app"]
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        gdlib.nonsense  # noqa: B018
+
+
+def test_threads_can_be_set():
+    before = gdlib._core.num_threads()
+    gdlib.set_num_threads(3)
+    assert config.get_config()["threads"] == 3
+    gdlib.set_num_threads(before)
+    for bad, error in [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)]:
+        with pytest.raises(error, match="number of threads is"):
+            gdlib.set_num_threads(bad)
+    assert gdlib._core.num_threads() == before
