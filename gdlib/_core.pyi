@@ -206,8 +206,8 @@ def train(
     mean: bool,
     loss_limit: typing.SupportsFloat | typing.SupportsIndex,
     losses: numpy.typing.NDArray[typing.Any],
-    progress: collections.abc.Callable[[], typing.Any] | None = None,
-) -> tuple[str, int, float]:
+    progress: collections.abc.Callable[[int], typing.Any] | None = None,
+) -> tuple[str, int]:
     """
-    Advances the parameters from first_step to last_step in one call; returns (stop, steps_done, first_loss), where stop is 'finished', 'non_finite' or 'above_limit'.
+    Advances the parameters from first_step to last_step in one call; returns (stop, steps_done), where stop is 'finished', 'non_finite' or 'above_limit'. progress(epochs done) is called now and then.
     """

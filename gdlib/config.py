@@ -2,20 +2,16 @@
 
 from typing import Any
 
-from gdlib import _core
+from gdlib import _core, validation
 
 
 def set_num_threads(count: int) -> None:
-    """Set how many threads a call may use; results do not depend on it.
+    """Set how many threads a call may use, 1 to 1024; results do not depend on it.
 
-    Overrides `GDLIB_NUM_THREADS`; the default is every CPU that affinity and the cgroup quota leave. Raises ValueError below 1 and
+    Overrides `GDLIB_NUM_THREADS`; the default is every CPU that affinity and the cgroup quota leave. Raises ValueError out of range and
     TypeError for anything but a whole number.
     """
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"the number of threads is {count!r}; a whole number of at least 1 is wanted.")
-    if count < 1:
-        raise ValueError(f"the number of threads is {count}; it must be at least 1.")
-    _core.set_num_threads(count)
+    _core.set_num_threads(validation.as_count(count, "the number of threads", most=1024))
 
 
 def get_config() -> dict[str, Any]:

@@ -57,7 +57,9 @@ class MSELoss:
             if gradient is not None:
                 raise ValueError(f"a {self.reduction} loss takes no gradient; call backward() without one.")
             return _core.squared_error_gradient(output, target, 1.0 / output.size if self.reduction == "mean" else 1.0)
-        terms = validation.as_array(gradient if gradient is not None else (), "the gradient")
+        if gradient is None:
+            raise ValueError("a loss without reduction has one gradient for each term; call backward(gradient) with an array of its shape.")
+        terms = validation.as_array(gradient, "the gradient")
         if terms.shape != output.shape:
             raise ValueError(f"the gradient has shape {terms.shape}; a loss without reduction wants one of shape {output.shape}.")
         result: npt.NDArray[Any] = _core.squared_error_gradient(output, target, 1.0) * validation.as_dtype(terms, output.dtype)

@@ -13,6 +13,7 @@ from gdlib.errors import DivergenceError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+_LARGEST_BYTES = 2**47  # what a process can address
 LINE_BYTES = 64  # vector loads of a whole cache line never straddle two
 
 
@@ -32,11 +33,19 @@ class Arena:
         self.data = aligned_zeros(size, dtype)
         self.grad = aligned_zeros(size, dtype)
 
+    def __getstate__(self) -> Any:
+        return self.data, self.grad
+
+    def __setstate__(self, state: Any) -> None:
+        self.__init__(state[0].size, state[0].dtype)  # type: ignore[misc]  # a copy is aligned too
+        self.data[:], self.grad[:] = state
+
 
 class Parameter:
     """Learnable numbers: `.data` and `.grad` are NumPy arrays that the engine reads and writes in place; `.name` is their key.
 
-    Assigning to `.data` or `.grad` copies the values in; a shape that differs is a ValueError.
+    Assigning to `.data` or `.grad` copies the values in; a shape that differs, or a number that does not fit the dtype, is a ValueError.
+    A copy or a pickle of several parameters, of a model, or of a model with its optimizer, keeps them tied to one arena.
     """
 
     __slots__ = ("_data", "_grad", "arena", "begin", "end", "name")
@@ -75,7 +84,17 @@ class Parameter:
         array = validation.as_array(value, self.name)
         if array.shape != into.shape:
             raise ValueError(f"{self.name} has shape {into.shape}; an array of shape {array.shape} does not fit.")
-        into[...] = array
+        into[...] = self.converted(array)
+
+    def converted(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """`array` in this parameter's dtype. Raises ValueError for a finite number that the dtype does not hold."""
+        values = validation.as_dtype(array, self._data.dtype)
+        if values is not array and (np.isinf(values) & np.isfinite(array)).any():
+            raise ValueError(f"{self.name} would hold a number that does not fit {values.dtype}; scale it, or use a float64 model.")
+        return values
+
+    def __reduce__(self) -> Any:
+        return Parameter, (self.arena, self.begin, self.shape, self.name)
 
     def __repr__(self) -> str:
         return f"Parameter({self.name!r}, shape={self.shape}, dtype={self._data.dtype})"
@@ -104,6 +123,8 @@ class Linear:
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"dtype is {self.dtype}; float32 or float64 is wanted.")
         weights = self.in_features * self.out_features
+        if weights * self.dtype.itemsize > _LARGEST_BYTES:
+            raise ValueError(f"{self.in_features} x {self.out_features} weights do not fit the memory of any machine; use fewer.")
         self._arena = Arena(weights + (self.out_features if bias else 0), self.dtype)
         self.weight = Parameter(self._arena, 0, (self.out_features, self.in_features), "weight")
         self.bias = Parameter(self._arena, weights, (self.out_features,), "bias") if bias else None
@@ -112,7 +133,7 @@ class Linear:
         self._input: npt.NDArray[Any] | None = None
         self.feature_names: list[str] | None = None
         self.target_names: list[str] | None = None
-        self.training_summary: dict[str, Any] | None = None  # the last fit's summary, saved with the model
+        self.training_summary: dict[str, Any] | None = None  # of the fit that these parameters come from; saved with the model
 
     def parameters(self) -> list[Parameter]:
         """The weight, and the bias where there is one."""
@@ -130,6 +151,16 @@ class Linear:
 
     forward = __call__
 
+    def _flat_out(self, out: Any, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
+        """`out` as a matrix. Raises ValueError when it is not what a result of this shape can be written to."""
+        if out is None:
+            return None
+        fits = isinstance(out, np.ndarray) and out.shape == shape and out.dtype == self.dtype
+        if not fits or not (out.flags.c_contiguous and out.flags.writeable):
+            raise ValueError(f"out does not fit; a C-contiguous {self.dtype} array of shape {shape} is wanted.")
+        flat: npt.NDArray[Any] = out.reshape(-1, shape[-1])
+        return flat
+
     def predict(self, x: Any) -> npt.NDArray[Any]:
         """The layer's output, [..., out_features]; nothing is remembered, so that threads may share the model."""
         bias = self.bias
@@ -142,11 +173,7 @@ class Linear:
         """The same for what the engine does not take as it is: convert it, or say why it cannot be."""
         rows = validation.as_rows(x, self.in_features, self.dtype, "x")
         shape = (*validation.as_array(x, "x").shape[:-1], self.out_features)
-        if out is not None:
-            fits = isinstance(out, np.ndarray) and out.shape == shape and out.dtype == self.dtype
-            if not fits or not (out.flags.c_contiguous and out.flags.writeable):
-                raise ValueError(f"out does not fit; a C-contiguous {self.dtype} array of shape {shape} is wanted.")
-            out = out.reshape(-1, self.out_features)
+        out = self._flat_out(out, shape)
         try:
             y = _core.linear_forward(rows, self.weight._data, None if self.bias is None else self.bias._data, out)
         except FloatingPointError:
@@ -156,17 +183,17 @@ class Linear:
             raise DivergenceError(f"the output does not fit {self.dtype}: the weights have grown too large; use a smaller lr.") from None
         return rows, y.reshape(shape)
 
-    def backward(self, gradient: Any) -> npt.NDArray[Any]:
+    def backward(self, gradient: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """Add to `.grad` and return the gradient of x, [..., in_features], for the gradient of the last output.
 
-        Raises RuntimeError before the first call of the model.
+        `out` receives the result if given. Raises RuntimeError before the first call of the model.
         """
         x = self._input
         if x is None:
             raise RuntimeError("backward has no input to work with; call the model on a batch first.")
         bias = None if self.bias is None else self.bias._grad
         try:
-            return _core.linear_backward(gradient, x, self.weight._data, self.weight._grad, bias)
+            return _core.linear_backward(gradient, x, self.weight._data, self.weight._grad, bias, out)
         except (TypeError, ValueError):
             array = validation.as_array(gradient, "the gradient")
             if array.ndim == 0 or array.shape[-1] != self.out_features or array.size != len(x) * self.out_features:
@@ -174,7 +201,8 @@ class Linear:
                     f"the gradient has shape {array.shape}; that of the last output, {len(x)} rows of {self.out_features}, is wanted."
                 ) from None
             flat = np.ascontiguousarray(validation.as_dtype(array, self.dtype)).reshape(-1, self.out_features)
-            result = _core.linear_backward(flat, x, self.weight._data, self.weight._grad, bias)
+            shape = (*array.shape[:-1], self.in_features)
+            result = _core.linear_backward(flat, x, self.weight._data, self.weight._grad, bias, self._flat_out(out, shape))
             return result.reshape(*array.shape[:-1], self.in_features)
 
     def zero_grad(self) -> None:
@@ -187,29 +215,23 @@ class Linear:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy the parameters in, all or none; anything that NumPy can view. Raises KeyError for missing and unexpected names."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state dict is a {type(state).__name__}; a dict of arrays by name is wanted, as state_dict() returns it.")
         parameters = {parameter.name: parameter for parameter in self.parameters()}
-        missing, unexpected = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
+        missing, unexpected = (sorted(map(str, names)) for names in (parameters.keys() - state.keys(), state.keys() - parameters.keys()))
         if missing or unexpected:
             raise KeyError(f"the state dict does not fit this model: missing {missing}, unexpected {unexpected}.")
         arrays = {name: validation.as_array(state[name], name) for name in parameters}
         for name, parameter in parameters.items():
             if arrays[name].shape != parameter.shape:
                 raise ValueError(f"{name} has shape {arrays[name].shape} in the state dict; {parameter.shape} is wanted.")
+            arrays[name] = parameter.converted(arrays[name])
         for name, parameter in parameters.items():
             parameter.data = arrays[name]
+        self.training_summary = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Views do not survive a copy as views: the arena travels, and the parameters are laid over it again.
-        state = {key: value for key, value in self.__dict__.items() if key not in ("weight", "bias", "_arena", "_input")}
-        return state | {"has_bias": self.bias is not None, "data": self._arena.data.copy(), "grad": self._arena.grad.copy()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        has_bias, data, grad = state.pop("has_bias"), state.pop("data"), state.pop("grad")
-        self.__init__(state["in_features"], state["out_features"], has_bias, dtype=state["dtype"], seed=0)  # type: ignore[misc]
-        self.__dict__.update(state)
-        self._arena.data[:] = data
-        self._arena.grad[:] = grad
+        return self.__dict__ | {"_input": None}
 
     def __repr__(self) -> str:
         return f"Linear(in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, dtype={self.dtype})"

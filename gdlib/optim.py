@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 UpdateRange = tuple[int, int, float, float, float, float, bool, bool, bool]
 
 
+_INFINITY = float("inf")
+
+
 class _Run:
     """Neighbouring parameters of one arena and one group: a single call updates them."""
 
@@ -23,10 +26,20 @@ class _Run:
     def __init__(self, parameters: list[Parameter]) -> None:
         self.arena: Arena = parameters[0].arena
         self.begin, self.end = parameters[0].begin, parameters[-1].end
-        self.data = self.arena.data[self.begin : self.end]
-        self.grad = self.arena.grad[self.begin : self.end]
         self.buffer: npt.NDArray[Any] | None = None  # momentum, once a step needs it
         self.started = False  # whether the buffer holds a gradient yet
+        self._view()
+
+    def _view(self) -> None:
+        self.data = self.arena.data[self.begin : self.end]
+        self.grad = self.arena.grad[self.begin : self.end]
+
+    def __getstate__(self) -> Any:
+        return self.arena, self.begin, self.end, self.buffer, self.started
+
+    def __setstate__(self, state: Any) -> None:
+        self.arena, self.begin, self.end, self.buffer, self.started = state
+        self._view()
 
 
 def _runs(parameters: list[Parameter]) -> list[_Run]:
@@ -70,7 +83,9 @@ class SGD:
             "maximize": maximize,
         }
         self.param_groups: list[dict[str, Any]] = []
-        given = [params] if isinstance(params, Parameter) else list(params)
+        if not isinstance(params, Iterable):
+            raise TypeError(f"the parameters are a {type(params).__name__}; a list of them is wanted, such as model.parameters().")
+        given = list(params)
         if not given:
             raise ValueError("the optimizer got no parameters; pass model.parameters().")
         groups: list[dict[str, Any]] = given if isinstance(given[0], dict) else [{"params": given}]  # type: ignore[assignment]
@@ -110,7 +125,7 @@ class SGD:
         """Update every parameter from its `.grad`, in place."""
         for group, run in self._flat:
             momentum, lr = group["momentum"], group["lr"]
-            if not lr > 0:
+            if not 0 < lr < _INFINITY or momentum < 0:
                 self._check(group)
             if momentum and run.buffer is None:
                 run.buffer = aligned_zeros(run.end - run.begin, run.data.dtype)
@@ -126,7 +141,8 @@ class SGD:
                 group["maximize"],
                 not run.started,
             )
-            run.started = momentum != 0
+            if momentum:
+                run.started = True
 
     def update_ranges(self, arena: Arena) -> list[UpdateRange]:
         """What the engine needs to update this arena. Raises ValueError when a parameter lies in another one."""
@@ -153,14 +169,20 @@ class SGD:
         return buffer
 
     def set_momentum_buffer(self, buffer: npt.NDArray[Any] | None) -> None:
-        """Take over the momentum that a run of the engine has left."""
-        if buffer is None:
-            return
-        for group, runs in zip(self.param_groups, self._runs, strict=True):
-            for run in runs:
-                if group["momentum"]:
-                    run.buffer = buffer[run.begin : run.end].copy()
-                    run.started = True
+        """Take over the momentum that a run of the engine has left, at least one step old."""
+        for group, run in self._flat:
+            if buffer is not None and group["momentum"]:
+                run.buffer = buffer[run.begin : run.end].copy()
+                run.started = True
+
+    def momentum_state(self) -> list[tuple[npt.NDArray[Any] | None, bool]]:
+        """Copies of all momentum, for `restore_momentum`."""
+        return [(None if run.buffer is None else run.buffer.copy(), run.started) for _, run in self._flat]
+
+    def restore_momentum(self, state: list[tuple[npt.NDArray[Any] | None, bool]]) -> None:
+        """Go back to an earlier `momentum_state`."""
+        for (_, run), (buffer, started) in zip(self._flat, state, strict=True):
+            run.buffer, run.started = None if buffer is None else buffer.copy(), started
 
     def state_dict(self) -> dict[str, Any]:
         """`state` (momentum buffers by parameter number) and `param_groups` (options and parameter numbers), as in PyTorch."""
@@ -181,6 +203,8 @@ class SGD:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over options and momentum. Raises ValueError when groups, their sizes or a buffer's shape differ; then nothing changes."""
+        if not isinstance(state_dict, Mapping) or not {"param_groups", "state"} <= state_dict.keys():
+            raise ValueError("the state is no dict with 'param_groups' and 'state'; pass what state_dict() returned.")
         groups, state = state_dict["param_groups"], state_dict["state"]
         sizes = [len(group["params"]) for group in self.param_groups]
         if [len(group["params"]) for group in groups] != sizes:
@@ -217,8 +241,9 @@ class GD(SGD):
     """Full-batch gradient descent: theta <- theta - lr * grad J(theta).
 
     In `fit` a step is an epoch: one pass over all rows. With lr="auto" `fit` takes lr = 1 / L from the data, L being the largest
-    eigenvalue of the Hessian of J by power iteration, and leaves that number in `param_groups`: the largest step for which descent is
-    guaranteed at every point (Nesterov, Introductory Lectures on Convex Optimization, 1.2.3). In a loop of your own `step` wants a
+    eigenvalue of the Hessian of J by power iteration (reached from below, to about 1e-4 of itself where it stands apart), and leaves that
+    number in `param_groups`: the largest step for which descent is guaranteed at every point (Nesterov, Introductory Lectures on Convex
+    Optimization, 1.2.3). In a loop of your own `step` wants a
     number: `gdlib.training.auto_lr(model, X, loss)` gives the same one.
     """
 

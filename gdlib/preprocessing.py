@@ -29,22 +29,31 @@ class StandardScaler:
         if array.ndim != 2 or array.shape[0] == 0:
             raise ValueError(f"X has shape {array.shape}; [n_samples, n_features] with at least one sample is wanted.")
         validation.require_finite(array, array, "X")
-        self.mean_ = array.mean(axis=0, dtype=np.float64)
-        deviation = np.sqrt(np.square(array - self.mean_).mean(axis=0))
-        # Rounding leaves a constant column a deviation of a few units in the last place of its mean: that is noise, not a scale.
-        constant = deviation <= 10 * np.finfo(np.float64).eps * np.abs(self.mean_)
-        self.scale_ = np.where(constant, 1.0, deviation)
+        with np.errstate(over="ignore"):
+            mean = array.mean(axis=0, dtype=np.float64)
+            deviation = np.sqrt(np.square(array - mean).mean(axis=0, dtype=np.float64))
+        if not (np.isfinite(mean) & np.isfinite(deviation)).all():
+            raise ValueError("X holds numbers whose squares do not fit float64; scale it first.")
+        # Compared exactly: rounding leaves a constant column a deviation that is noise, not a scale.
+        self.mean_, self.scale_ = mean, np.where(array.max(axis=0) == array.min(axis=0), 1.0, deviation)
         return self
 
+    def _require_fitted(self) -> None:
+        if not hasattr(self, "mean_"):
+            raise RuntimeError("the scaler has no means yet; call fit(X) first.")
+
     def transform(self, X: Any) -> npt.NDArray[np.float64]:
-        """(X - mean) / scale, as float64."""
+        """(X - mean) / scale, as float64. Raises RuntimeError before `fit`."""
+        self._require_fitted()
         array = validation.as_array(X, "X")
         if array.ndim != 2 or array.shape[1] != len(self.mean_):
             raise ValueError(f"X has shape {array.shape}; [n_samples, {len(self.mean_)}] is wanted.")
+        validation.require_finite(array, array, "X")
         return np.asarray((array - self.mean_) / self.scale_)
 
     def fold_into(self, model: Linear) -> Linear:
         """A model of raw x that answers as `model` does of z: W' = W / scale, b' = b - W' mean. Raises ValueError without a bias."""
+        self._require_fitted()
         if model.bias is None:
             raise ValueError("the model has no bias to take up the means; use Linear(..., bias=True).")
         if model.in_features != len(self.mean_):

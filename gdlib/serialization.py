@@ -9,8 +9,6 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from gdlib import validation
 from gdlib.nn import Linear
 
@@ -23,15 +21,13 @@ FORMAT_VERSION = "1"
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, and rename: a crash leaves the old file or the new one."""
-    import tempfile
-
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{validation.fresh_seed():x}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask, as for any new file
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep a server under another account from reading it
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -91,9 +87,8 @@ def load(path: str | os.PathLike[str]) -> Linear:
     """Read a model that `save` wrote, names and training summary included.
 
     Raises FileNotFoundError, and ValueError for a file that is truncated, is no safetensors file, was not written by gdlib, or does not
-    hold what its architecture says.
+    hold what its architecture says; OSError when it cannot be read.
     """
-    import json
     from pathlib import Path
 
     from safetensors import SafetensorError, safe_open
@@ -102,38 +97,50 @@ def load(path: str | os.PathLike[str]) -> Linear:
     if not path.is_file():
         raise FileNotFoundError(f"there is no model file at {path}.")
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        opened = safe_open(path, framework="numpy")
+    except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); save the model again.") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} was not written by gdlib; load its tensors with the safetensors package and pass them to Linear.load_state_dict."
-        )
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {metadata.get('format_version')!r}, and this gdlib reads {FORMAT_VERSION!r}; update gdlib, or "
-            "save the model again."
-        )
-    try:
-        described = json.loads(metadata["architecture"])
-        if described["type"] != "Linear":
-            raise ValueError(f"unknown layer {described['type']!r}")
-        dtype = np.dtype(described["dtype"])
-        model = Linear(described["in_features"], described["out_features"], described["bias"], dtype=dtype, seed=0)
-        if any(values.dtype != dtype for values in state.values()):
-            raise ValueError(f"tensors are not all {dtype}")
-        model.load_state_dict(state)
-        for name, values in state.items():
-            validation.require_finite(values, values, name)
-        model.feature_names = validation.as_names(json.loads(metadata["feature_names"]), model.in_features, "feature_names")
-        model.target_names = validation.as_names(json.loads(metadata["target_names"]), model.out_features, "target_names")
-        training = json.loads(metadata["training"])
-        if training is not None and not isinstance(training, dict):
-            raise ValueError("its training summary is no object")
-        model.training_summary = training
-    except (KeyError, TypeError, ValueError, RecursionError, MemoryError) as error:
-        reason = error.args[0] if error.args else error
-        raise ValueError(f"{path} does not hold the model that its header describes ({reason}); save the model again.") from None
+    with opened as file:
+        metadata: dict[str, str] = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} was not written by gdlib; load its tensors with the safetensors package and pass them to Linear.load_state_dict."
+            )
+        if metadata.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {metadata.get('format_version')!r}, and this gdlib reads {FORMAT_VERSION!r}; update gdlib, or "
+                "save the model again."
+            )
+        try:
+            return _build(metadata, file)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+            reason = error.args[0] if error.args else error
+            raise ValueError(f"{path} does not hold the model that its header describes ({reason}); save the model again.") from None
+
+
+def _build(metadata: dict[str, str], file: Any) -> Linear:
+    """The model that the metadata describes. Sizes are compared with what the file holds before memory is taken for them."""
+    import json
+
+    described = json.loads(metadata["architecture"])
+    if described["type"] != "Linear":
+        raise ValueError(f"unknown layer {described['type']!r}")
+    inputs, outputs = (validation.as_count(described[name], name) for name in ("in_features", "out_features"))
+    stored = {"float32": "F32", "float64": "F64"}[described["dtype"]]
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
+    held = {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
+    wanted = {"weight": (stored, [outputs, inputs])} | ({"bias": (stored, [outputs])} if described["bias"] else {})
+    if held != wanted:
+        raise ValueError(f"it holds {held} where {wanted} belong")
+    model = Linear(inputs, outputs, bool(described["bias"]), dtype=described["dtype"], seed=0)
+    state = {name: file.get_tensor(name) for name in wanted}
+    for name, values in state.items():
+        validation.require_finite(values, values, name)
+    model.load_state_dict(state)
+    model.feature_names = validation.as_names(json.loads(metadata["feature_names"]), inputs, "feature_names")
+    model.target_names = validation.as_names(json.loads(metadata["target_names"]), outputs, "target_names")
+    training = json.loads(metadata["training"])
+    if training is not None and not isinstance(training, dict):
+        raise ValueError("its training summary is no object")
+    model.training_summary = training
     return model

@@ -20,8 +20,17 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 DEFAULT_BATCH_SIZE = 32
-# An epoch this many times worse than both the start and a model that answers zero has exploded: transients of momentum stay below 10.
-EXPLOSION = 100.0
+SAMPLE_ROWS = 4096  # for estimates and for a first look: enough to see a factor of 100
+
+
+def explosion_factor(momentum: float) -> float:
+    """How many times worse than the start a loss must be to count as exploded: 100, or 10 times what momentum reaches on its way.
+
+    Heavy ball at the border of stability overshoots by up to 2 / (e (1 - sqrt(momentum))), squared in the loss, and still converges.
+    """
+    if momentum >= 1.0:
+        return float("inf")
+    return max(100.0, 10.0 * float(2.0 / (np.e * (1.0 - np.sqrt(momentum)))) ** 2)
 
 
 class History:
@@ -82,31 +91,40 @@ def auto_lr(model: Linear, X: Any, loss: MSELoss) -> float:
     return float(1.0 / curvature)
 
 
-def _stable_lr(model: Linear, X: npt.NDArray[Any], loss: MSELoss, batch_size: int, ranges: list[UpdateRange]) -> float | None:
-    """An estimate of the largest stable lr, from up to 4,096 rows in float64.
+def _stable_lr(
+    model: Linear, X: npt.NDArray[Any], loss: MSELoss, batch_size: int, full_batch: bool, ranges: list[UpdateRange]
+) -> float | None:
+    """An estimate of the largest stable lr, from a sample of rows in float64; None where there is none.
 
-    Full batch: 2 (1 + momentum) / L (heavy ball; Polyak 1964). Batches of B of N rows: the mean square of the error shrinks while
-    lr < 2 / (L (1 - 1/B) + 2 s / B), s = E|x|^4 / E|x|^2, and momentum multiplies the effective step by 1 / (1 - momentum).
+    With curvature h = L + weight_decay, L the largest eigenvalue of the Hessian: full batch, 2 (1 + momentum) / h / (1 - dampening) (heavy
+    ball; Polyak 1964), with nesterov 2 (1 + momentum) / ((1 + 2 momentum) h). Batches of B rows: the mean square of the error shrinks
+    while lr < 2 / (L (1 - 1/B) + 2 s / B + weight_decay), s = E|x|^4 / E|x|^2, and momentum multiplies the step by 1 / (1 - momentum).
     """
-    sample = np.ascontiguousarray(X[:: -(-len(X) // 4096)], dtype=np.float64)
-    reference = Linear(model.in_features, 1, model.bias is not None, dtype=np.float64, seed=0)
-    curvature = _curvature(reference, sample, MSELoss())
-    momentum = max(r[3] for r in ranges)
-    if batch_size >= len(X):
-        limit = 2.0 * (1.0 + momentum) / (curvature + max(r[5] for r in ranges)) if curvature > 0 else np.inf
-    else:
-        squares = np.einsum("ij,ij->i", sample, sample) + (model.bias is not None)
-        spread = float(np.mean(squares**2) / np.mean(squares)) if squares.any() else 0.0
-        mean_square = curvature * (1.0 - 1.0 / batch_size) + 2.0 * spread / batch_size
-        limit = 2.0 * max(1.0 - momentum, 0.0) / mean_square if mean_square > 0 else np.inf
-    limit *= model.out_features if loss.reduction == "mean" else 1.0 / batch_size
+    if any(r[7] for r in ranges):
+        return None  # an ascent has no stable lr
+    with np.errstate(all="ignore"):
+        sample = np.ascontiguousarray(X[:: -(-len(X) // SAMPLE_ROWS)], dtype=np.float64)
+        curvature = _curvature(Linear(model.in_features, 1, model.bias is not None, dtype=np.float64, seed=0), sample, MSELoss())
+        if not full_batch:
+            squares = np.einsum("ij,ij->i", sample, sample) + (model.bias is not None)
+            spread = float(np.mean(squares**2) / np.mean(squares)) if squares.any() else 0.0
+            curvature = curvature * (1.0 - 1.0 / batch_size) + 2.0 * spread / batch_size
+        curvature *= 1.0 / model.out_features if loss.reduction == "mean" else batch_size
+        limits = []
+        for _, _, _, momentum, dampening, weight_decay, nesterov, _, _ in ranges:
+            bent = curvature + weight_decay
+            full = (1.0 + momentum) / (1.0 + 2.0 * momentum if nesterov else 1.0)
+            factor = full if full_batch else 1.0 - momentum
+            damped = 1.0 - dampening if momentum else 1.0
+            limits.append(2.0 * factor / (bent * damped) if bent > 0 and damped > 0 else np.inf)
+        limit = min(limits)
     return float(limit) if np.isfinite(limit) and limit > 0 else None
 
 
 def _epoch_seeds(seed: int | Sequence[int] | None, epochs: int) -> npt.NDArray[np.uint64]:
     if seed is None:
         return np.array([validation.fresh_seed() for _ in range(epochs)], np.uint64)
-    if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, (str, bytes)):
+    if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, (str, bytes)) and np.ndim(seed) == 1:
         if len(seed) != epochs:
             raise ValueError(f"seed holds {len(seed)} numbers; one for each of {epochs} epochs is wanted, or a single one.")
         return np.array([validation.as_seed(value) for value in seed], np.uint64)
@@ -137,6 +155,7 @@ class Run:
         if loss.reduction == "none":
             raise ValueError("a loss with reduction 'none' has no single number to descend; use MSELoss('mean') or MSELoss('sum').")
         self.model, self.loss, self.optimizer = model, loss, optimizer
+        model.training_summary = None  # it would describe other parameters from here on
         self.given = (X, y)
         self.X = validation.as_training_rows(X, model.in_features, model.dtype)
         self.rows = len(self.X)
@@ -168,13 +187,18 @@ class Run:
         self.ranges = optimizer.update_ranges(self.arena)
         self.momentum = optimizer.momentum_buffer(self.arena)
         self.start_momentum = None if self.momentum is None else self.momentum.copy()
+        self.optimizer_start = optimizer.momentum_state()
+        self.explosion = explosion_factor(max(r[3] for r in self.ranges))
+        stride = -(-self.rows // SAMPLE_ROWS)
+        self._sample = self.X[::stride], np.ascontiguousarray(self.y[::stride])
         self._start_error: float | None = None
 
-    def advance(self, first_step: int, last_step: int, loss_limit: float, progress: Any) -> tuple[str, int, float]:
-        """One native call. Momentum is handed back to the optimizer however the call ends."""
+    def advance(self, first_step: int, last_step: int, loss_limit: float, progress: Any) -> tuple[str, int]:
+        """One native call. Momentum is handed back to the optimizer however the call ends, if a step was made."""
         ranges = [(*r[:8], r[8] and first_step == 0) for r in self.ranges]
+        moved = first_step > 0
         try:
-            return _core.train(
+            stop, step = _core.train(
                 self.X,
                 self.y,
                 self.arena.data,
@@ -190,37 +214,60 @@ class Run:
                 self.losses,
                 progress,
             )
+            moved = step > 0
+            return stop, step
         finally:
-            if self.momentum is not None and self.momentum.any():
+            if moved or self.losses.any():  # the latter after Ctrl-C, which returns no step
                 self.optimizer.set_momentum_buffer(self.momentum)
 
     def train(self, progress: Any) -> None:
         """All steps, or an exception."""
         step = 0
         while step < self.steps:
-            stop, step, _ = self.advance(step, self.steps, self.loss_limit(), progress)
+            stop, step = self.advance(step, self.steps, self.loss_limit(), progress)
             if stop == "non_finite":
                 self._fail(step)
             if stop == "above_limit":
                 self.check_explosion(step // self.steps_per_epoch, step)
+        self.check_end()
+
+    def _error(self, X: npt.NDArray[Any], y: npt.NDArray[Any], parameters: npt.NDArray[Any]) -> float:
+        """Mean squared error of these parameters."""
+        return _core.squared_error(X, y, parameters, self.model.bias is not None) / y.size
 
     def loss_limit(self) -> float:
         """The mean squared error of an epoch that `check_explosion` has to look at; 0: none, for an ascent."""
         if any(r[7] for r in self.ranges):
             return 0.0
-        zero_error = float(np.vdot(self.y, self.y)) / self.y.size  # of a model that always answers zero
-        worst = max(zero_error if np.isfinite(zero_error) else 0.0, self._start_error or 0.0)
-        return max(EXPLOSION * worst, float(np.finfo(np.float64).tiny))
+        with np.errstate(all="ignore"):
+            spread = float(np.var(self._sample[1], axis=0, dtype=np.float64).mean())  # the error of the best constant
+        worst = max(spread if np.isfinite(spread) else 0.0, self._start_error or 0.0)
+        return max(self.explosion * worst, float(np.finfo(np.float64).tiny))
+
+    def _explodes(self, reached: float) -> bool:
+        """Whether an error is far above both the best constant's and the start's, which takes a pass over X: only on suspicion."""
+        if not 0.0 < self.loss_limit() < reached:
+            return False
+        if self._start_error is None:
+            self._start_error = self._error(self.X, self.y, self.start)
+        return reached > self.loss_limit()
 
     def check_explosion(self, epochs_done: int, steps_done: int) -> None:
-        """Raise DivergenceError when the last epoch is far worse than both a model that answers zero and the one at the start."""
+        """Raise DivergenceError when the last epoch is far worse than both a constant and the model at the start."""
         reached = float(self.losses[epochs_done - 1]) / self.y.size
-        if not 0.0 < self.loss_limit() < reached:
-            return
-        if self._start_error is None:  # a pass over X: only on suspicion
-            self._start_error = _core.squared_error(self.X, self.y, self.start, self.model.bias is not None) / self.y.size
-        if reached > self.loss_limit():
+        if self._explodes(reached):
             raise self.divergence(f"the loss has grown to {reached:.3g}", epochs_done, steps_done)
+
+    def check_end(self) -> None:
+        """The same for the last update, which no loss of the run has seen: on a sample first, on all rows where that looks bad."""
+        if not self.loss_limit() > 0.0:
+            return
+        reached = self._error(*self._sample, self.arena.data)
+        if np.isfinite(reached) and reached <= self.loss_limit():
+            return
+        reached = self._error(self.X, self.y, self.arena.data)
+        if not np.isfinite(reached) or self._explodes(reached):
+            raise self.divergence(f"the last update took the loss to {reached:.3g}", self.epochs, self.steps)
 
     def require_finite_data(self) -> None:
         validation.require_finite(self.given[0], self.X, "X")
@@ -232,26 +279,32 @@ class Run:
             self.momentum[:] = self.start_momentum
 
     def _fail(self, step: int) -> None:
-        """Step `step` (from 0) has no finite loss: because of the data, or because training has diverged."""
+        """After `step` steps something is not finite: because of the data, or because training has diverged."""
         try:
             self.require_finite_data()
         except ValueError:
             self._restore()
-            self.optimizer.set_momentum_buffer(self.start_momentum)
+            self.optimizer.restore_momentum(self.optimizer_start)
             raise
-        failed = step
+        # The loss of the next step is not finite; or, at the end of an epoch, what the last update left.
+        failed = step + 1 if np.isfinite(self.arena.data).all() else step
         while not np.isfinite(self.arena.data).all():
             # The update before the failing step was the last straw. Equal arguments give equal bits: run again, up to the step before.
             step -= 1
             self._restore()
             self.losses[:] = 0
             self.advance(0, step, 0.0, None)
-        raise self.divergence("the loss is no longer finite", failed // self.steps_per_epoch + 1, failed + 1)
+        if step == 0:
+            self.optimizer.restore_momentum(self.optimizer_start)
+        raise self.divergence("the loss is no longer finite", (failed - 1) // self.steps_per_epoch + 1, failed)
+
+    def curve(self) -> npt.NDArray[np.float64]:
+        """The loss of each epoch so far."""
+        return self.losses / self.y.size if self.loss.reduction == "mean" else self.losses
 
     def finish(self, seconds: float, **summary: Any) -> History:
         """The history of a run that has ended well; its summary stays with the model."""
-        curve = self.losses / self.y.size if self.loss.reduction == "mean" else self.losses
-        history = History(curve.tolist(), seconds, self.rows * self.epochs / max(seconds, 1e-9), [r[2] for r in self.ranges])
+        history = History(self.curve().tolist(), seconds, self.rows * self.epochs / max(seconds, 1e-9), [r[2] for r in self.ranges])
         self.model.training_summary = {
             "optimizer": type(self.optimizer).__name__,
             "lr": history.lr[0],
@@ -266,11 +319,15 @@ class Run:
 
     def divergence(self, what: str, epoch: int, step: int) -> DivergenceError:
         lr = max(r[2] for r in self.ranges)
-        stable = _stable_lr(self.model, self.X, self.loss, self.batch_size, self.ranges)
-        advice = f"about {stable:.3g} is the largest stable lr; " if stable is not None else ""
+        stable = _stable_lr(self.model, self.X, self.loss, self.batch_size, self.batch_size >= self.rows, self.ranges)
+        if any(r[7] for r in self.ranges):
+            advice = "with maximize it climbs without end; leave maximize out"
+        elif stable is None or stable >= lr:  # then it is not the lr alone
+            advice = "standardise X and y, or use a float64 model and a smaller lr"
+        else:
+            advice = f"about {stable:.3g} is the largest stable lr; use a smaller one, or standardise X"
         return DivergenceError(
-            f"training diverged: {what} in epoch {epoch}, step {step}, with lr {lr:g}; {advice}use a smaller one, or standardise X. "
-            "The last finite parameters are kept.",
+            f"training diverged: {what} in epoch {epoch}, step {step}, with lr {lr:g}; {advice}. The last finite parameters are kept.",
             epoch=epoch,
             step=step,
             lr=lr,
@@ -310,23 +367,22 @@ def fit(
     The GIL is released; Ctrl-C is answered within 0.2 s, with the parameters of the last finished step. `progress` shows a bar.
 
     Raises TypeError and ValueError for input that does not fit, NaN or infinity (the parameters are then untouched), and
-    DivergenceError when the loss becomes non-finite, or an epoch's is 100 times both the one at the start and that of a model that
-    always answers zero; the last finite parameters are then kept.
+    DivergenceError when the loss becomes non-finite, or explodes: to 100 times (more with momentum, see `explosion_factor`) both the one
+    at the start and that of the best constant. The last finite parameters are then kept.
     """
     run = Run(model, X, y, loss, optimizer, epochs, batch_size, shuffle, seed)
     bar = progress_bar(run) if progress else None
 
-    def show() -> None:
-        done = int(np.count_nonzero(run.losses))
+    def show(done: int) -> None:
         if bar is not None and done > bar.n:
-            bar.set_postfix(loss=f"{run.losses[done - 1] / run.y.size:.4g}", refresh=False)
+            bar.set_postfix(loss=f"{run.curve()[done - 1]:.4g}", refresh=False)
             bar.update(done - bar.n)
 
     begin = time.perf_counter()
     try:
         run.train(None if bar is None else show)
         if bar is not None:
-            show()
+            show(run.epochs)
     finally:
         seconds = time.perf_counter() - begin
         if bar is not None:

@@ -5,9 +5,10 @@ An array that already has the wanted dtype and layout passes through without a c
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,16 +18,18 @@ if TYPE_CHECKING:
 
 def as_array(value: Any, name: str) -> npt.NDArray[Any]:
     """Any array that NumPy can view, or an object with `__dlpack__`, as a real-valued NumPy array. Raises TypeError."""
+    if type(value) is not np.ndarray and hasattr(value, "filled") and hasattr(value, "mask"):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; fill it in or drop the rows first, such as {name}.filled(0).")
     if not isinstance(value, np.ndarray):
         if hasattr(value, "toarray") and hasattr(value, "nnz"):
             raise TypeError(f"{name} is a sparse matrix ({type(value).__name__}); a dense array is wanted: pass {name}.toarray().")
         if hasattr(value, "__dlpack__") and not hasattr(value, "__array_interface__"):
             try:
                 value = np.from_dlpack(value)
-            except BufferError as error:
+            except (BufferError, RuntimeError, TypeError, ValueError) as error:
                 raise TypeError(
-                    f"{name} is a {type(value).__name__} that cannot be shared ({error}); pass a CPU tensor without gradient, "
-                    "such as tensor.detach().cpu()."
+                    f"{name} is a {type(value).__name__} that cannot be shared ({error}); pass a CPU tensor of float32 or float64 without "
+                    "gradient, such as tensor.detach().cpu().float()."
                 ) from None
         else:
             try:
@@ -35,8 +38,8 @@ def as_array(value: Any, name: str) -> npt.NDArray[Any]:
                 raise TypeError(f"{name} cannot be viewed as an array ({error}); pass a NumPy array of numbers.") from None
     array: npt.NDArray[Any] = value
     if array.dtype.kind not in "fiub":
-        what = {"U": "text", "S": "text", "O": "Python objects", "c": "complex numbers"}.get(array.dtype.kind, str(array.dtype))
-        raise TypeError(f"{name} holds {what}; real numbers are wanted: convert it first, such as {name}.astype(float).")
+        what = {"U": "text", "S": "bytes", "O": "Python objects", "c": "complex numbers"}.get(array.dtype.kind, str(array.dtype))
+        raise TypeError(f"{name} holds {what}; real numbers are wanted: convert it first, such as by .astype(float).")
     return array
 
 
@@ -94,13 +97,16 @@ def require_finite(given: Any, used: npt.NDArray[Any], name: str) -> None:
     )
 
 
-def as_count(value: Any, name: str, least: int = 1) -> int:
-    """A whole number of at least `least`. Raises TypeError and ValueError."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, SupportsIndex):
-        raise TypeError(f"{name} is {value!r}; a whole number of at least {least} is wanted.")
-    count = int(value.__index__())
-    if count < least:
-        raise ValueError(f"{name} is {count}; it must be at least {least}.")
+def as_count(value: Any, name: str, least: int = 1, most: int = 2**40) -> int:
+    """A whole number from `least` to `most`. Raises TypeError and ValueError."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; a whole number of at least {least} is wanted.") from None
+    if not least <= count <= most:
+        raise ValueError(f"{name} is {count}; it must be at least {least}" + ("." if count < least else f" and at most {most}."))
     return count
 
 
@@ -124,10 +130,7 @@ def fresh_seed() -> int:
 
 def as_seed(value: Any, name: str = "seed") -> int:
     """A whole number from 0 to 2**64 - 1. Raises TypeError and ValueError."""
-    seed = as_count(value, name, least=0)
-    if seed >= 2**64:
-        raise ValueError(f"{name} is {seed}; it must be below 2**64.")
-    return seed
+    return as_count(value, name, least=0, most=2**64 - 1)
 
 
 def as_names(names: Sequence[str] | None, count: int, what: str) -> list[str] | None:

@@ -93,8 +93,8 @@ def test_threads_can_be_set():
     before = gdlib._core.num_threads()
     gdlib.set_num_threads(3)
     assert config.get_config()["threads"] == 3
-    gdlib.set_num_threads(before)
-    for bad, error in [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)]:
-        with pytest.raises(error, match="number of threads is"):
+    gdlib.set_num_threads(np.int64(before))
+    for bad, error in [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError), (1025, ValueError), (2**40, ValueError)]:
+        with pytest.raises(error, match="the number of threads is"):
             gdlib.set_num_threads(bad)
     assert gdlib._core.num_threads() == before

@@ -23,7 +23,7 @@ STL_FREE = {"kernels"}  # C headers and intrinsics only
 BASE = {"errors", "_core"}
 PYTHON = {
     "errors": set(),
-    "config": {"_core"},
+    "config": {"_core", "validation"},
     "validation": set(),
     "datasets": set(),
     "nn": BASE | {"validation"},
@@ -46,6 +46,7 @@ PYTHON = {
         "serve",
         "training",
     },
+    "__main__": {"cli"},
     "cli": {"quickstart", "serve", "distributed", "", "config"},
     "": {"config", "data", "errors", "losses", "nn", "optim", "serialization", "training"},
 }
@@ -135,3 +136,13 @@ def test_import_brings_in_nothing_heavy():
 @pytest.mark.parametrize("path", [p for p in sorted((ROOT / "gdlib").rglob("*.py")) if p.name != "__init__.py"], ids=lambda p: p.stem)
 def test_each_module_says_what_it_is_for(path):
     assert ast.get_docstring(ast.parse(path.read_text())), f"{path} opens without a docstring"
+
+
+def test_each_table_needs_what_its_flags_imply():
+    flags = re.findall(r"set\(GDLIB_FLAGS_(\w+) ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    dispatch = (ROOT / "csrc" / "dispatch" / "dispatch.cpp").read_text()
+    assert {isa for isa, _ in flags} == {"scalar", "avx2", "avx512", "neon"}
+    for isa, text in flags:
+        implied = {flag[2:] for flag in text.split() if flag.startswith("-m") and "=" not in flag}
+        needs = re.search(r"\{&kernels_" + isa + r", \{([^}]*)\}\}", dispatch).group(1)
+        assert implied <= set(re.findall(r'"(\w+)"', needs)), f"the {isa} table may run where {implied} are missing"

@@ -43,8 +43,10 @@ def test_gradient_without_reduction_takes_one(pair):
     criterion(output, target)
     factor = np.arange(21.0).reshape(7, 3)
     np.testing.assert_allclose(criterion.backward(factor), 2 * (output - target) * factor, rtol=1e-14)
-    with pytest.raises(ValueError, match=r"the gradient has shape \(0,\)"):
+    with pytest.raises(ValueError, match="one gradient for each term"):
         criterion.backward()
+    with pytest.raises(ValueError, match=r"the gradient has shape \(7,\)"):
+        criterion.backward(np.ones(7))
     mean = MSELoss()
     mean(output, target)
     with pytest.raises(ValueError, match="takes no gradient"):

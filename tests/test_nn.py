@@ -113,6 +113,16 @@ def test_what_fits_is_not_copied(tmp_path):
     np.testing.assert_array_equal(model.predict(mapped), model.predict(x[:, :3]))
 
 
+class Unshareable:
+    """What a tensor of a dtype without a NumPy equal does."""
+
+    def __dlpack__(self, **options):
+        raise RuntimeError("Unsupported dtype in DLTensor.")
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+
 class Capsule:
     """An object that offers its data by DLPack alone, as jax and torch do."""
 
@@ -132,6 +142,11 @@ def test_dlpack():
     np.testing.assert_array_equal(model(Capsule(x)), model(x))
     model(Capsule(x))
     assert np.shares_memory(model._input, x)
+
+
+def test_what_dlpack_cannot_share_is_named():
+    with pytest.raises(TypeError, match=r"Unshareable that cannot be shared .*float32"):
+        Linear(3, 1)(Unshareable())
 
 
 def test_out():
@@ -155,6 +170,8 @@ def test_out():
         (np.array([[object()] * 3]), TypeError, "Python objects"),
         ([[1, 2, 3], [4, 5]], TypeError, "viewed as an array"),
         (np.zeros(3, "M8[s]"), TypeError, "real numbers"),
+        (np.array([[b"1", b"2", b"3"]]), TypeError, "bytes"),
+        (np.ma.masked_array([[1.0, 2.0, 3.0]], [[0, 1, 0]]), TypeError, "masked array"),
         (np.array([[1, 2, 3], [4, np.nan, 6]]), ValueError, r"1 value that is NaN or infinite.*nan.*row 1, column 1"),
         (np.array([[1, 2, np.inf]], np.float32), ValueError, "row 0, column 2"),
         (np.array([[1, 2, 1e300]]), ValueError, "too large for float32"),
@@ -204,6 +221,8 @@ def test_bad_options():
         Linear(1, 1, seed=-1)
     with pytest.raises(ValueError, match="seed"):
         Linear(1, 1, seed=2**64)
+    with pytest.raises(ValueError, match="memory of any machine"):
+        Linear(10**9, 10**9)
 
 
 def test_backward_wants_a_forward_and_the_right_shape():
@@ -232,11 +251,21 @@ def test_state_dict():
         other.load_state_dict({"weight": np.zeros((2, 3)), "bias": np.zeros(3)})
     with pytest.raises(TypeError, match="text"):
         other.load_state_dict({"weight": np.zeros((2, 3)), "bias": ["a", "b"]})
+    with pytest.raises(ValueError, match="bias would hold a number that does not fit float32"):
+        other.load_state_dict({"weight": np.zeros((2, 3)), "bias": [0, 1e300]})
+    with pytest.raises(TypeError, match="state dict is a NoneType"):
+        other.load_state_dict(None)
+    with pytest.raises(KeyError, match="unexpected"):
+        other.load_state_dict({1: 2, "a": 3})
     for name, values in before.items():
         np.testing.assert_array_equal(other.state_dict()[name], values)
 
 
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def twice(pair):
+    return pickle.loads(pickle.dumps(pair))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, twice], ids=["deepcopy", "pickle"])
 def test_copies_are_whole_and_apart(duplicate):
     model = Linear(3, 2, dtype=np.float64, seed=0)
     model(np.ones((1, 3)))
@@ -247,10 +276,53 @@ def test_copies_are_whole_and_apart(duplicate):
     np.testing.assert_array_equal(twin.weight.grad, model.weight.grad)
     assert twin.feature_names == ["a", "b", "c"]
     assert twin.weight.data.base is twin.bias.data.base
+    assert twin.weight.data.ctypes.data % 64 == 0
     twin.weight.data[:] = 0
     assert model.weight.data.all()
     gdlib.SGD(twin.parameters(), lr=1.0).step()
     assert twin.weight.data.any()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, twice], ids=["deepcopy", "pickle"])
+def test_a_copied_optimizer_still_trains_its_copied_model(duplicate):
+    model = Linear(3, 1, dtype=np.float64, seed=0)
+    optimizer = gdlib.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x, target, criterion = np.eye(3), np.ones((3, 1)), gdlib.MSELoss()
+
+    def train(model, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            criterion(model(x), target)
+            model.backward(criterion.backward())
+            optimizer.step()
+        gdlib.fit(model, x, target, loss=criterion, optimizer=optimizer, epochs=3, batch_size=3, shuffle=False)
+        return model.state_dict()
+
+    train(model, optimizer)
+    twins = duplicate((model, optimizer))
+    for name, values in train(model, optimizer).items():
+        assert not np.array_equal(twins[0].state_dict()[name], values)
+    for name, values in train(*twins).items():
+        np.testing.assert_array_equal(values, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("outputs", [1, 4, 8, 40])
+def test_a_result_may_not_overlap_what_it_is_computed_from(outputs):
+    model = Linear(outputs, outputs, seed=0)
+    memory = np.ones((20, outputs), np.float32)
+    x = memory[:16]
+    before = model.weight.data.copy()
+    for out in (x, memory[4:], memory[2:18]):
+        with pytest.raises(ValueError, match="out shares memory with x"):
+            model(x, out=out)
+    with pytest.raises(ValueError, match="out shares memory with weight"):
+        model(np.ones((outputs, outputs), np.float32), out=model.weight.data)
+    model(x)
+    with pytest.raises(ValueError, match="input_gradient shares memory with x"):
+        model.backward(np.ones((16, outputs), np.float32), out=x)
+    np.testing.assert_array_equal(model.weight.data, before)
+    out = np.empty_like(x)
+    assert model.backward(np.ones((16, outputs), np.float32), out=out) is out
 
 
 def test_repr_names_the_sizes():

@@ -149,3 +149,37 @@ def test_gd_takes_auto_in_fit_only():
         GD(model.parameters(), lr=0)
     with pytest.raises(ValueError, match="auto_lr"):
         GD(model.parameters(), lr="auto").step()
+
+
+def test_momentum_outlives_steps_without_it():
+    """As in PyTorch, a buffer waits while the group's momentum is 0. The numbers follow the update's formula."""
+    model = Linear(1, 1, bias=False, dtype=np.float64, seed=0)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    theta, buffer = float(model.weight.data[0, 0]), None
+    for gradient, momentum in [(1.0, 0.9), (2.0, 0.9), (3.0, 0.0), (4.0, 0.9)]:
+        optimizer.param_groups[0]["momentum"] = momentum
+        model.weight.grad[...] = gradient
+        optimizer.step()
+        if momentum:
+            buffer = gradient if buffer is None else momentum * buffer + gradient
+        theta -= 0.1 * (buffer if momentum else gradient)
+        assert model.weight.data[0, 0] == pytest.approx(theta, rel=1e-14)
+
+
+def test_options_are_checked_at_each_step():
+    model = with_gradient(Linear(2, 1, seed=0))
+    before = model.state_dict()
+    for option, value in [("lr", float("inf")), ("lr", float("nan")), ("momentum", -5.0)]:
+        optimizer = SGD(model.parameters(), lr=0.1)
+        optimizer.param_groups[0][option] = value
+        with pytest.raises(ValueError, match=f"{option} is"):
+            optimizer.step()
+    np.testing.assert_array_equal(model.weight.data, before["weight"])
+
+
+def test_what_is_no_list_of_parameters_is_named():
+    for wrong in (Linear(2, 1), None, 3):
+        with pytest.raises(TypeError, match=r"model\.parameters\(\)"):
+            SGD(wrong, lr=0.1)
+    with pytest.raises(ValueError, match="param_groups"):
+        SGD(Linear(2, 1).parameters(), lr=0.1).load_state_dict({})

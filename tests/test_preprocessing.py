@@ -18,8 +18,8 @@ def test_standardises():
 
 
 def test_a_constant_column_with_rounding_noise_keeps_scale_one():
-    column = np.full((1000, 1), 0.1)
-    assert StandardScaler().fit(column).scale_[0] == 1
+    for rows in (1000, 1_000_000):
+        assert StandardScaler().fit(np.full((rows, 1), 0.1)).scale_[0] == 1
 
 
 def test_folding_answers_raw_rows_as_the_model_answers_standardised_ones():
@@ -36,6 +36,12 @@ def test_folding_answers_raw_rows_as_the_model_answers_standardised_ones():
 
 
 def test_refusals():
+    with pytest.raises(RuntimeError, match="call fit"):
+        StandardScaler().transform(X)
+    with pytest.raises(ValueError, match="NaN"):
+        StandardScaler().fit(X).transform(np.full((1, 4), np.nan))
+    with pytest.raises(ValueError, match="squares do not fit"):
+        StandardScaler().fit([[1e200], [-1e200]])
     with pytest.raises(ValueError, match="NaN"):
         StandardScaler().fit([[1.0, np.nan]])
     with pytest.raises(ValueError, match="shape"):

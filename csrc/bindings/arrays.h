@@ -3,9 +3,11 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstddef>
+#include <functional>
 #include <string>
 
 namespace gdlib::bindings {
@@ -94,6 +96,7 @@ struct Rows {
   std::size_t rows;
   std::size_t cols;
   std::size_t stride;
+  std::size_t extent() const { return rows && cols ? (rows - 1) * stride + cols : 0; }
 };
 
 template <class T>
@@ -130,6 +133,13 @@ inline void require_same_shape(py::handle value, py::handle other, const char* n
     throw py::value_error(std::string(name) + " has another shape.");
 }
 
+// The memory that is written does not reach into memory that is read.
+template <class T>
+void require_apart(const T* written, std::size_t count, const char* name, const T* read, std::size_t extent, const char* other) {
+  if (read && count && extent && std::less<>{}(written, read + extent) && std::less<>{}(read, written + count))
+    throw py::value_error(std::string(name) + " shares memory with " + other + "; give it memory of its own.");
+}
+
 // Calls body with a float or a double, by the array's dtype.
 template <class Body>
 auto with_dtype(py::handle value, const char* name, Body body) {
@@ -144,11 +154,42 @@ auto with_dtype(py::handle value, const char* name, Body body) {
 class WithoutGil {
  public:
   WithoutGil() : state_(PyEval_SaveThread()) {}
-  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  ~WithoutGil() { take_back(); }
   WithoutGil(const WithoutGil&) = delete;
   WithoutGil& operator=(const WithoutGil&) = delete;
 
+  // Calls body with the GIL, in between.
+  template <class Body>
+  void with_gil(Body body) {
+    take_back();
+    body();
+    state_ = PyEval_SaveThread();
+  }
+
  private:
+  // While the interpreter ends, Python before 3.14 unwinds a thread that asks for the GIL (pthread_exit), through frames that must not be
+  // unwound. Such a daemon thread waits here instead until the process is gone.
+  void take_back() noexcept {
+    if (finalizing()) park();
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      park();
+    }
+  }
+
+  static bool finalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+    return Py_IsFinalizing() != 0;
+#else
+    return _Py_IsFinalizing() != 0;
+#endif
+  }
+
+  [[noreturn]] static void park() {
+    for (;;) pause();
+  }
+
   PyThreadState* state_;
 };
 

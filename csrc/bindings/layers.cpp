@@ -49,6 +49,9 @@ Array forward(const Array& x, const Array& weight, const OptionalArray& bias, co
     if (out.is_none()) result = new_matrix<T>(rows.rows, layer.out_features);
     const Flat<T> y = write_flat<T>(result, "out");
     require_shape(result, rows.rows, layer.out_features, "out");
+    require_apart<T>(y.data, y.size, "out", rows.data, rows.extent(), "x");
+    require_apart<T>(y.data, y.size, "out", layer.weight, layer.in_features * layer.out_features, "weight");
+    require_apart<T>(y.data, y.size, "out", layer.bias, layer.out_features, "bias");
     bool finite;
     {
       const WithoutGil released;
@@ -84,6 +87,12 @@ Array backward(const Array& g, const Array& x, const Array& weight, const Array&
     if (input_gradient.is_none()) result = new_matrix<T>(rows.rows, layer.in_features);
     T* const input = write_flat<T>(result, "input_gradient").data;
     require_shape(result, rows.rows, layer.in_features, "input_gradient");
+    const std::size_t input_size = rows.rows * layer.in_features;
+    require_apart<T>(input, input_size, "input_gradient", rows.data, rows.extent(), "x");
+    require_apart<T>(input, input_size, "input_gradient", output.data, output.size, "the gradient");
+    require_apart<T>(input, input_size, "input_gradient", layer.weight, weights.size, "weight");
+    require_apart<T>(weights.data, weights.size, "weight.grad", rows.data, rows.extent(), "x");
+    require_apart<T>(weights.data, weights.size, "weight.grad", output.data, output.size, "the gradient");
     {
       const WithoutGil released;
       linear_backward<T>(rows.rows, layer.in_features, layer.out_features, output.data, rows.data, rows.stride, layer.weight,

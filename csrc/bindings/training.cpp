@@ -18,38 +18,48 @@
 namespace gdlib::bindings {
 namespace {
 
-using Progress = std::optional<py::typing::Callable<py::object()>>;
+using Progress = std::optional<py::typing::Callable<py::object(std::uint64_t)>>;
 
-// Runs `body(interrupt)` without the GIL. Every 50 ms the GIL is taken back for Python's signal handlers and `progress()`; what they raise
-// ends the computation and is raised here.
+// Runs `body(interrupt)` without the GIL. Every 50 ms the GIL is taken back for Python's signal handlers and `progress(*done)`; what they
+// raise ends the computation and is raised here.
 template <class Body>
-auto interruptible(const Progress& progress, Body body) {
-  const WithoutGil released;
+auto interruptible(const Progress& progress, const std::uint64_t* done, Body body) {
   bool failed = false;
-  Interrupt interrupt([&] {
-    const py::gil_scoped_acquire acquired;
-    if (PyErr_CheckSignals() != 0) {
-      failed = true;
-    } else if (progress) {
-      PyObject* const result = PyObject_CallNoArgs((*progress).ptr());
-      failed = result == nullptr;
-      Py_XDECREF(result);
-    }
-    return failed;  // the Python error stays set on this thread until the GIL is back
-  });
-  const auto result = body(interrupt);
-  return std::make_pair(result, failed);
+  const auto run = [&] {
+    WithoutGil released;
+    Interrupt interrupt([&] {
+      released.with_gil([&] {
+        if (PyErr_CheckSignals() != 0) {
+          failed = true;
+        } else if (progress) {
+          PyObject* const result = PyObject_CallFunction((*progress).ptr(), "K", static_cast<unsigned long long>(*done));
+          failed = result == nullptr;
+          Py_XDECREF(result);
+        }
+      });
+      return failed;  // the Python error stays set on this thread until the GIL is back
+    });
+    return body(interrupt);
+  };
+  const auto result = run();
+  if (failed) throw py::error_already_set();
+  return result;
+}
+
+template <class Body>
+auto interruptible(Body body) {
+  return interruptible(std::nullopt, nullptr, body);
 }
 
 // (begin, end, lr, momentum, dampening, weight_decay, nesterov, maximize, first_step)
 using RangeTuple = std::tuple<std::size_t, std::size_t, double, double, double, double, bool, bool, bool>;
 
-// Returns (stop, steps_done, first_loss).
-std::tuple<const char*, std::uint64_t, double> train(const Array& x, const Array& target, const Array& parameters, const OptionalArray& momentum,
+// Returns (stop, steps_done).
+std::tuple<const char*, std::uint64_t> train(const Array& x, const Array& target, const Array& parameters, const OptionalArray& momentum,
                                                      bool has_bias, const std::vector<RangeTuple>& ranges, std::size_t batch_size,
                                                      const OptionalArray& epoch_seeds, std::uint64_t first_step, std::uint64_t last_step,
                                                      bool mean, double loss_limit, const Array& losses, const Progress& progress) {
-  return with_dtype(x, "x", [&](auto zero) -> std::tuple<const char*, std::uint64_t, double> {
+  return with_dtype(x, "x", [&](auto zero) -> std::tuple<const char*, std::uint64_t> {
     using T = decltype(zero);
     const Rows<T> rows = read_rows<T>(x, "x");
     const Flat<const T> y = read_flat<T>(target, "y");
@@ -96,17 +106,12 @@ std::tuple<const char*, std::uint64_t, double> train(const Array& x, const Array
     AlignedVector<T> gradient(p.size);
     round.gradient = gradient.data();
 
-    const auto [result, failed] =
-        interruptible(progress, [&](Interrupt& interrupt) { return train_round(round, interrupt, [](std::uint64_t) {}); });
-    if (failed) throw py::error_already_set();
-    switch (result.stop) {
-      case Stop::non_finite:
-        return {"non_finite", result.steps_done, result.first_loss};
-      case Stop::above_limit:
-        return {"above_limit", result.steps_done, result.first_loss};
-      default:
-        return {"finished", result.steps_done, result.first_loss};
-    }
+    std::uint64_t epochs_done = 0;  // written between two steps on the thread that reads it for `progress`
+    const RoundResult result = interruptible(progress, &epochs_done, [&](Interrupt& interrupt) {
+      return train_round(round, interrupt, [&](std::uint64_t epochs) { epochs_done = epochs; });
+    });
+    const char* const stop = result.stop == Stop::non_finite ? "non_finite" : result.stop == Stop::above_limit ? "above_limit" : "finished";
+    return {stop, result.steps_done};
   });
 }
 
@@ -121,11 +126,9 @@ double squared_error(const Array& x, const Array& target, const Array& parameter
     AlignedVector<T> gradient(p.size);
     LinearScratch<T> scratch;
     const Batch<T> batch{rows.data, rows.stride, y.data, nullptr, rows.rows, 0, true};
-    const auto [sum, failed] = interruptible(std::nullopt, [&](Interrupt& interrupt) {
+    return interruptible([&](Interrupt& interrupt) {
       return linear_squared_error_gradient(shape, batch, p.data, gradient.data(), scratch, interrupt);
     });
-    if (failed) throw py::error_already_set();
-    return sum;
   });
 }
 
@@ -133,20 +136,18 @@ double hessian_eigenvalue(const Array& x, bool has_bias) {
   return with_dtype(x, "x", [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> rows = read_rows<T>(x, "x");
-    const auto [value, failed] = interruptible(std::nullopt, [&](Interrupt& interrupt) {
+    return interruptible([&](Interrupt& interrupt) {
       return linear_hessian_eigenvalue<T>(rows.rows, rows.cols, rows.data, rows.stride, has_bias, interrupt);
     });
-    if (failed) throw py::error_already_set();
-    return value;
   });
 }
 
 Array order_of(std::uint64_t seed, std::uint32_t rows) {
   AlignedVector<std::uint32_t> order;
-  {
-    const WithoutGil released;
-    shuffle_order(seed, rows, order);
-  }
+  interruptible([&](Interrupt& interrupt) {
+    shuffle_order(seed, rows, order, interrupt);
+    return true;
+  });
   return py::array_t<std::uint32_t>(static_cast<py::ssize_t>(rows), order.data());
 }
 
@@ -194,8 +195,8 @@ void uniform(std::uint64_t seed, double bound, const Array& out) {
 
 void define_training(py::module_& m) {
   m.def("train", train,
-        "Advances the parameters from first_step to last_step in one call; returns (stop, steps_done, first_loss), where stop is "
-        "'finished', 'non_finite' or 'above_limit'.",
+        "Advances the parameters from first_step to last_step in one call; returns (stop, steps_done), where stop is 'finished', "
+        "'non_finite' or 'above_limit'. progress(epochs done) is called now and then.",
         py::arg("x"), py::arg("target"), py::arg("parameters"), py::arg("momentum"), py::arg("has_bias"), py::arg("ranges"),
         py::arg("batch_size"), py::arg("epoch_seeds"), py::arg("first_step"), py::arg("last_step"), py::arg("mean"),
         py::arg("loss_limit"), py::arg("losses"), py::arg("progress") = py::none());

@@ -16,7 +16,6 @@ constexpr std::size_t depth_block = 256;
 constexpr std::size_t rows_block = 96;
 // Columns of one task: enough tiles to pay for packing a again, few enough to share out.
 constexpr std::size_t cols_block = 768;
-constexpr std::size_t largest_tile = 32 * 64;
 
 std::size_t blocks(std::size_t size, std::size_t block) { return (size + block - 1) / block; }
 
@@ -52,14 +51,17 @@ void gemm(std::size_t rows, std::size_t cols, std::size_t depth, MatrixView<T> a
   // Kept between calls: a step of training asks for the same sizes again. One block of a per thread; a tile's height may overhang it.
   static thread_local AlignedVector<T> packed_a, packed_b;
   const std::size_t a_block = (std::min(rows, rows_block) + tile_rows) * depth_first;
-  packed_a.resize(a_block * static_cast<std::size_t>(thread_count()));
-  packed_b.resize(col_panels * tile_cols * depth_first);
-  T* const a_blocks = packed_a.data();
-  T* const b_panels = packed_b.data();
-
   const std::size_t panels_per_task = std::max<std::size_t>(1, cols_block / tile_cols);
   const std::size_t col_tasks = blocks(col_panels, panels_per_task);
   const std::size_t row_tasks = blocks(rows, rows_block);
+  const std::size_t tasks = row_tasks * col_tasks;
+  // Waking threads costs about 5 us: half a million multiply-adds.
+  const bool serial = rows * cols * depth_first < (1u << 19);
+  const int threads = serial ? 1 : static_cast<int>(std::min<std::size_t>(tasks, static_cast<std::size_t>(thread_count())));
+  packed_a.resize(a_block * static_cast<std::size_t>(threads));
+  packed_b.resize(col_panels * tile_cols * depth_first);
+  T* const a_blocks = packed_a.data();
+  T* const b_panels = packed_b.data();
 
   std::size_t d = 0;
   do {  // once even when depth is 0: c still gets its bias
@@ -104,18 +106,15 @@ void gemm(std::size_t rows, std::size_t cols, std::size_t depth, MatrixView<T> a
           // An edge: a whole tile into scratch, and the part that exists from there. The same operations in the same order.
           alignas(64) T edge[largest_tile];
           alignas(64) T edge_bias[largest_tile];
+          if (add) std::fill_n(edge, tile_rows * tile_cols, T(0));
+          if (bias_now) std::fill_n(edge_bias, tile_cols, T(0));
           for (std::size_t r = 0; r < height && add; ++r) std::memcpy(edge + r * tile_cols, out + r * c_stride, width * sizeof(T));
           if (bias_now) std::memcpy(edge_bias, bias_now, width * sizeof(T));
           kernel.gemm_tile(depth_now, a_panel, b_panel, bias_now ? edge_bias : nullptr, add, edge, tile_cols);
           for (std::size_t r = 0; r < height; ++r) std::memcpy(out + r * c_stride, edge + r * tile_cols, width * sizeof(T));
         }
     };
-    // Waking threads costs about 5 us: half a million multiply-adds.
-    const std::size_t tasks = row_tasks * col_tasks;
-    if (rows * cols * depth_now < (1u << 19))
-      for (std::size_t task = 0; task < tasks; ++task) block(task, 0);
-    else
-      parallel_for(tasks, block);
+    parallel_for(tasks, block, threads);
     d += depth_now;
   } while (d < depth);
 }

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "../dispatch/dispatch.h"
 #include "gemm.h"
+#include "random.h"
 
 namespace gdlib {
 namespace {
@@ -12,13 +14,21 @@ namespace {
 // Below this, a vector of outputs would be mostly empty: rows are folded by the kernels for few outputs instead.
 constexpr std::size_t few_outputs = 8;
 
-// Rows of one task: about 512 KiB, so that handing it out (under 1 us) does not count and its gradient stays in cache; at least 64, so that
-// the tasks' gradients together stay under 1/64 of x.
+// Rows of one task of a layer with few outputs: about 512 KiB, so that handing it out (under 1 us) does not count and its gradient stays
+// in cache; at least 64, so that the tasks' gradients together stay under 1/64 of x for each output.
 std::size_t rows_per_task(std::size_t in_features, std::size_t element_bytes) {
   constexpr std::size_t task_bytes = 512 << 10;
   const std::size_t rows = task_bytes / std::max<std::size_t>(1, in_features * element_bytes);
   return std::max<std::size_t>(64, rows / 64 * 64);
 }
+
+// Rows that GEMM takes at a time where the outputs are many: about 512 KiB of outputs, at least 64.
+std::size_t rows_per_product(std::size_t out_features, std::size_t element_bytes) {
+  constexpr std::size_t product_bytes = 512 << 10;
+  return std::max<std::size_t>(64, product_bytes / (out_features * element_bytes) / 64 * 64);
+}
+
+std::size_t ceil_divide(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
 
 // total[n] = the partial vectors in order, carried in double.
 template <class T>
@@ -28,6 +38,42 @@ void sum_partials(std::size_t count, std::size_t n, const T* partials, T* total)
     for (std::size_t k = 0; k < count; ++k) sum += static_cast<double>(partials[k * n + i]);
     total[i] = static_cast<T>(sum);
   }
+}
+
+// total[cols] += column sums of g[rows, cols]: in T over some rows, the rest in double.
+template <class T>
+void add_column_sums(std::size_t rows, std::size_t cols, const T* g, T* total) {
+  constexpr std::size_t block = 64;
+  std::vector<double> sums(cols);
+  std::vector<T> part(cols);
+  for (std::size_t begin = 0; begin < rows; begin += block) {
+    std::fill(part.begin(), part.end(), T(0));
+    for (std::size_t r = begin; r < std::min(rows, begin + block); ++r)
+      for (std::size_t c = 0; c < cols; ++c) part[c] += g[r * cols + c];
+    for (std::size_t c = 0; c < cols; ++c) sums[c] += static_cast<double>(part[c]);
+  }
+  for (std::size_t c = 0; c < cols; ++c) total[c] = static_cast<T>(static_cast<double>(total[c]) + sums[c]);
+}
+
+// weight_gradient[out, in] += g[rows, out]^T x[rows, in]. A product over very many rows would lose small terms in a large sum: it is cut
+// into products whose sums meet in double.
+template <class T>
+void weight_gradient_product(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
+                             std::size_t x_stride, T* weight_gradient) {
+  constexpr std::size_t most_rows = 1 << 14;
+  const auto product = [&](std::size_t begin, std::size_t count, bool accumulate, T* into) {
+    gemm<T>(out_features, in_features, count, {g + begin * out_features, 1, out_features}, {x + begin * x_stride, x_stride, 1}, nullptr,
+            accumulate, into, in_features);
+  };
+  if (rows <= most_rows) return product(0, rows, true, weight_gradient);
+  const std::size_t n = in_features * out_features;
+  std::vector<double> sums(weight_gradient, weight_gradient + n);
+  AlignedVector<T> part(n);
+  for (std::size_t begin = 0; begin < rows; begin += most_rows) {
+    product(begin, std::min(most_rows, rows - begin), false, part.data());
+    for (std::size_t i = 0; i < n; ++i) sums[i] += static_cast<double>(part[i]);
+  }
+  for (std::size_t i = 0; i < n; ++i) weight_gradient[i] = static_cast<T>(sums[i]);
 }
 
 }  // namespace
@@ -40,7 +86,7 @@ void linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_f
     return;
   }
   const std::size_t task_rows = rows_per_task(in_features, sizeof(T));
-  parallel_for((rows + task_rows - 1) / task_rows, [&](std::size_t task, std::size_t) {
+  parallel_for(ceil_divide(rows, task_rows), [&](std::size_t task, std::size_t) {
     const std::size_t begin = task * task_rows;
     table<T>().linear_forward(std::min(task_rows, rows - begin), in_features, out_features, x + begin * x_stride, x_stride, weight, bias,
                               y + begin * out_features);
@@ -54,14 +100,12 @@ void linear_backward(std::size_t rows, std::size_t in_features, std::size_t out_
   if (input_gradient)
     gemm<T>(rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}, nullptr, false, input_gradient, in_features);
   if (out_features >= few_outputs) {
-    gemm<T>(out_features, in_features, rows, {g, 1, out_features}, {x, x_stride, 1}, nullptr, true, weight_gradient, in_features);
-    if (bias_gradient)
-      for (std::size_t r = 0; r < rows; ++r)
-        for (std::size_t o = 0; o < out_features; ++o) bias_gradient[o] += g[r * out_features + o];
+    weight_gradient_product(rows, in_features, out_features, g, x, x_stride, weight_gradient);
+    if (bias_gradient) add_column_sums(rows, out_features, g, bias_gradient);
     return;
   }
   const std::size_t task_rows = rows_per_task(in_features, sizeof(T));
-  const std::size_t tasks = (rows + task_rows - 1) / task_rows;
+  const std::size_t tasks = ceil_divide(rows, task_rows);
   if (tasks <= 1) {
     kernel.linear_gradient(rows, in_features, out_features, g, x, x_stride, weight_gradient, bias_gradient);
     return;
@@ -82,9 +126,12 @@ void linear_backward(std::size_t rows, std::size_t in_features, std::size_t out_
     for (std::size_t o = 0; o < out_features; ++o) bias_gradient[o] += total[weights + o];
 }
 
+namespace {
+
+// Few outputs: the fused kernel, tasks of rows on all threads.
 template <class T>
-double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient,
-                                     LinearScratch<T>& scratch, Interrupt& interrupt) {
+double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient, LinearScratch<T>& scratch,
+                            Interrupt& interrupt) {
   const std::size_t weights = shape.in_features * shape.out_features, n = shape.parameters();
   const KernelTable<T>& kernel = table<T>();
   const auto step = [&](std::size_t begin, std::size_t rows, T* into) {
@@ -107,14 +154,10 @@ double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& b
     return kernel.linear_step(s);
   };
 
-  if (batch.rows == 0) {
-    std::fill_n(gradient, n, T(0));
-    return 0.0;
-  }
   const std::size_t task_rows = rows_per_task(shape.in_features, sizeof(T));
   if (batch.rows <= task_rows) return step(0, batch.rows, gradient);
 
-  const std::size_t tasks = (batch.rows + task_rows - 1) / task_rows;
+  const std::size_t tasks = ceil_divide(batch.rows, task_rows);
   scratch.partials.resize(tasks * n);
   scratch.losses.resize(tasks);
   parallel_for(tasks, [&](std::size_t task, std::size_t) {
@@ -129,6 +172,58 @@ double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& b
   return loss;
 }
 
+// Many outputs: products of blocks of rows, which are gathered first where an index scatters them.
+template <class T>
+double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient, LinearScratch<T>& scratch,
+                             Interrupt& interrupt) {
+  const std::size_t in = shape.in_features, out = shape.out_features, weights = in * out;
+  const KernelTable<T>& kernel = table<T>();
+  const std::size_t most_rows = std::min(batch.rows, rows_per_product(out, sizeof(T)));
+  scratch.outputs.resize(most_rows * out);
+  scratch.targets.resize(most_rows * out);
+  if (batch.index) scratch.rows.resize(most_rows * in);
+  std::fill_n(gradient, shape.parameters(), T(0));
+  double loss = 0.0;
+  for (std::size_t begin = 0; begin < batch.rows && !interrupt.check(); begin += most_rows) {
+    const std::size_t rows = std::min(most_rows, batch.rows - begin);
+    const T* x = batch.x + (batch.index ? 0 : begin * batch.x_stride);
+    const T* target = batch.target ? batch.target + (batch.index ? 0 : begin * out) : nullptr;
+    std::size_t x_stride = batch.x_stride;
+    if (batch.index) {
+      for (std::size_t r = 0; r < rows; ++r) {
+        std::copy_n(batch.x + batch.index[begin + r] * batch.x_stride, in, scratch.rows.data() + r * in);
+        if (target) std::copy_n(batch.target + batch.index[begin + r] * out, out, scratch.targets.data() + r * out);
+      }
+      x = scratch.rows.data();
+      x_stride = in;
+      if (target) target = scratch.targets.data();
+    }
+    if (!target) {
+      std::fill_n(scratch.targets.data(), rows * out, T(0));
+      target = scratch.targets.data();
+    }
+    T* const outputs = scratch.outputs.data();
+    linear_forward<T>(rows, in, out, x, x_stride, parameters, shape.has_bias ? parameters + weights : nullptr, outputs);
+    loss += kernel.squared_error_sum(rows * out, outputs, target);
+    kernel.squared_error_gradient(rows * out, outputs, target, T(1), outputs);
+    linear_backward<T>(rows, in, out, outputs, x, x_stride, parameters, gradient, shape.has_bias ? gradient + weights : nullptr, nullptr);
+  }
+  return loss;
+}
+
+}  // namespace
+
+template <class T>
+double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient,
+                                     LinearScratch<T>& scratch, Interrupt& interrupt) {
+  if (batch.rows == 0) {
+    std::fill_n(gradient, shape.parameters(), T(0));
+    return 0.0;
+  }
+  if (shape.out_features >= few_outputs) return many_outputs_gradient(shape, batch, parameters, gradient, scratch, interrupt);
+  return few_outputs_gradient(shape, batch, parameters, gradient, scratch, interrupt);
+}
+
 template <class T>
 double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, const T* x, std::size_t x_stride, bool has_bias,
                                  Interrupt& interrupt) {
@@ -137,8 +232,9 @@ double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, cons
   const Batch<T> all{x, x_stride, nullptr, nullptr, rows, 0, true};
   AlignedVector<T> direction(n), image(n);
   LinearScratch<T> scratch;
-  // Unequal components, so that the start is not orthogonal to the wanted direction by some symmetry of the data.
-  for (std::size_t i = 0; i < n; ++i) direction[i] = static_cast<T>(1.0 + 0.5 * std::sin(static_cast<double>(i) + 1.0));
+  // A start without a pattern, which no symmetry of the data makes orthogonal to the wanted direction.
+  fill_uniform(0, 1.0, n, direction.data());
+  constexpr int least_passes = 10;
   double eigenvalue = 0.0;
   for (int pass = 0; pass < 300; ++pass) {
     double norm = 0.0;
@@ -150,7 +246,8 @@ double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, cons
     if (interrupt.requested() || interrupt.check()) return std::nan("");
     double quotient = 0.0;  // Rayleigh: direction . H direction
     for (std::size_t i = 0; i < n; ++i) quotient += static_cast<double>(direction[i]) * static_cast<double>(image[i]);
-    const bool settled = std::abs(quotient - eigenvalue) <= 1e-4 * quotient;
+    // Not at once: where the start lies mostly along other directions, the wanted one needs some passes to show.
+    const bool settled = pass >= least_passes && std::abs(quotient - eigenvalue) <= 1e-4 * quotient;
     eigenvalue = quotient;
     if (settled || !std::isfinite(quotient)) break;
     direction.swap(image);

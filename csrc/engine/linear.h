@@ -39,9 +39,10 @@ struct LinearShape {
   std::size_t parameters() const { return out_features * (in_features + (has_bias ? 1 : 0)); }
 };
 
-// What a pass over several tasks needs besides its result, kept from step to step.
+// What a pass needs besides its result, kept from step to step.
 template <class T>
 struct LinearScratch {
+  AlignedVector<T> rows, targets, outputs;  // of a block, where outputs are many
   AlignedVector<T> partials;
   AlignedVector<double> losses;
 };
@@ -53,7 +54,7 @@ double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& b
                                      LinearScratch<T>& scratch, Interrupt& interrupt);
 
 // The largest eigenvalue of the Hessian of sum (x w + b - y)^2, that is of 2 [x 1]^T [x 1] (without bias, 2 x^T x), by power iteration:
-// until it changes by less than 1e-4 of itself, 300 passes at most. Approached from below. 0 for a zero matrix, NaN after an interrupt.
+// 10 to 300 passes, until it changes by less than 1e-4 of itself. Approached from below. 0 for a zero matrix, NaN after an interrupt.
 template <class T>
 double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, const T* x, std::size_t x_stride, bool has_bias,
                                  Interrupt& interrupt);

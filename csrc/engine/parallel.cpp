@@ -12,7 +12,8 @@
 namespace gdlib {
 namespace {
 
-int configured = 1;
+std::atomic<int> configured{1};  // relaxed: a number on its own, set from any thread
+constexpr int most_threads = 1024;  // OpenMP ends the process when the system cannot start as many as it is asked for
 bool forked = false;
 
 // CPUs of the cgroup's quota (version 2), rounded up; a large number where there is none.
@@ -38,9 +39,9 @@ int available_cpus() {
 int parse_threads(const char* text) {
   char* end = nullptr;
   const long value = std::strtol(text, &end, 10);
-  if (end == text || *end != '\0' || value < 1 || value > 4096)
+  if (end == text || *end != '\0' || value < 1 || value > most_threads)
     throw std::invalid_argument("GDLIB_NUM_THREADS is '" + std::string(text) +
-                                "'; it takes a whole number from 1 to 4096. Unset it to use every CPU.");
+                                "'; it takes a whole number from 1 to " + std::to_string(most_threads) + ". Unset it to use every CPU.");
   return static_cast<int>(value);
 }
 
@@ -48,15 +49,17 @@ int parse_threads(const char* text) {
 
 void initialize_threads() {
   const char* text = std::getenv("GDLIB_NUM_THREADS");
-  configured = text && *text ? parse_threads(text) : available_cpus();
+  configured.store(text && *text ? parse_threads(text) : available_cpus(), std::memory_order_relaxed);
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
 }
 
-int thread_count() { return forked ? 1 : configured; }
+int thread_count() { return forked ? 1 : configured.load(std::memory_order_relaxed); }
 
 void set_thread_count(int count) {
-  if (count < 1) throw std::invalid_argument("the number of threads is " + std::to_string(count) + "; it must be at least 1.");
-  configured = count;
+  if (count < 1 || count > most_threads)
+    throw std::invalid_argument("the number of threads is " + std::to_string(count) + "; it must be from 1 to " +
+                                std::to_string(most_threads) + ".");
+  configured.store(count, std::memory_order_relaxed);
 }
 
 bool openmp_enabled() {

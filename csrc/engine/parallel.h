@@ -62,11 +62,11 @@ class Interrupt {
   std::atomic<bool> requested_{false};
 };
 
-// Runs task(i, worker) for i from 0 to count - 1, in any order; worker < thread_count() names the thread. A task must not throw.
+// Runs task(i, worker) for i from 0 to count - 1, in any order; worker < limit names the thread. A task must not throw. A caller with
+// memory for each worker asks for the limit once: it may change between two calls.
 template <class Task>
-void parallel_for(std::size_t count, const Task& task) {
+void parallel_for(std::size_t count, const Task& task, int limit = thread_count()) {
 #if defined(_OPENMP)
-  const int limit = thread_count();
   const int threads = count < static_cast<std::size_t>(limit) ? static_cast<int>(count) : limit;
   if (threads > 1) {
     // Dynamic: a core that is shared with others takes fewer tasks. The barrier at the end publishes every task's writes.
@@ -74,6 +74,8 @@ void parallel_for(std::size_t count, const Task& task) {
     for (std::size_t i = 0; i < count; ++i) task(i, static_cast<std::size_t>(omp_get_thread_num()));
     return;
   }
+#else
+  static_cast<void>(limit);
 #endif
   for (std::size_t i = 0; i < count; ++i) task(i, std::size_t{0});
 }

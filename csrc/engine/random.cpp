@@ -24,15 +24,15 @@ ShuffleKeys make_keys(std::uint64_t seed, std::uint32_t bits) {
 
 }  // namespace
 
-void shuffle_order(std::uint64_t seed, std::uint32_t rows, AlignedVector<std::uint32_t>& order) {
+void shuffle_order(std::uint64_t seed, std::uint32_t rows, AlignedVector<std::uint32_t>& order, Interrupt& interrupt) {
   std::uint32_t bits = smallest_bits;
   while (bits < 32 && (std::uint64_t{1} << bits) < rows) ++bits;
   const ShuffleKeys keys = make_keys(seed, bits);
   order.resize(std::size_t{rows} + 16);
   const std::uint64_t numbers = std::uint64_t{1} << bits;
-  constexpr std::uint64_t block = 1u << 20;  // 2^32 numbers would not fit the kernel's 32-bit count
+  constexpr std::uint64_t block = 1u << 20;  // about 1 ms, after which an interrupt is seen; 2^32 would not fit the kernel's count
   std::size_t kept = 0;
-  for (std::uint64_t first = 0; first < numbers; first += block)
+  for (std::uint64_t first = 0; first < numbers && !interrupt.check(); first += block)
     kept += kernels().shuffle(keys, static_cast<std::uint32_t>(first), static_cast<std::uint32_t>(std::min(block, numbers - first)), rows,
                               order.data() + kept);
   order.resize(rows);

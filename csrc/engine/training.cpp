@@ -17,11 +17,11 @@ class RowSource {
   explicit RowSource(const Round<T>& round)
       : round_(round), prefetch_(round.rows * round.shape.in_features * sizeof(T) > half_of_l2) {}
 
-  void begin_epoch(std::uint64_t epoch) {
+  void begin_epoch(std::uint64_t epoch, Interrupt& interrupt) {
     if (!round_.epoch_seeds) return;
     const std::uint64_t seed = round_.epoch_seeds[epoch];
     if (seed_ == seed) return;  // the same order again
-    shuffle_order(seed, static_cast<std::uint32_t>(round_.rows), order_);
+    shuffle_order(seed, static_cast<std::uint32_t>(round_.rows), order_, interrupt);
     seed_ = seed;
   }
 
@@ -69,11 +69,15 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
 
   RowSource<T> source(round);
   LinearScratch<T> scratch;
-  RoundResult result{Stop::finished, round.first_step, 0.0};
+  RoundResult result{Stop::finished, round.first_step};
   std::uint64_t epoch = round.first_step / steps_per_epoch;
   std::uint64_t in_epoch = round.first_step % steps_per_epoch;
   while (result.steps_done < round.last_step) {
-    source.begin_epoch(epoch);
+    source.begin_epoch(epoch, interrupt);
+    if (interrupt.requested()) {
+      result.stop = Stop::interrupted;
+      return result;
+    }
     for (; in_epoch < steps_per_epoch && result.steps_done < round.last_step; ++in_epoch) {
       const Batch<T> batch = source.batch(in_epoch);
       const double loss = linear_squared_error_gradient(round.shape, batch, round.parameters, round.gradient, scratch, interrupt);
@@ -91,7 +95,6 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
         return result;
       }
       const double elements = static_cast<double>(batch.rows) * outputs;
-      if (result.steps_done == round.first_step) result.first_loss = loss / elements;
       apply_update(round, static_cast<T>(round.mean ? 1.0 / elements : 1.0));
       round.losses[epoch] += loss;
       ++result.steps_done;
@@ -105,7 +108,7 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
     ++epoch;
     on_epoch(epoch);
     const double mean = round.losses[epoch - 1] / (static_cast<double>(round.rows) * outputs);
-    if (round.loss_limit > 0.0 && mean > std::max(round.loss_limit, 100.0 * result.first_loss)) {
+    if (round.loss_limit > 0.0 && mean > round.loss_limit) {
       result.stop = Stop::above_limit;
       return result;
     }

@@ -47,7 +47,6 @@ enum class Stop { finished, interrupted, non_finite, above_limit };
 struct RoundResult {
   Stop stop;
   std::uint64_t steps_done;  // updates applied, counted from the start of the run
-  double first_loss;         // mean squared error at the first step of the round
 };
 
 // Advances (parameters, momentum) from first_step to last_step. Pure: equal arguments give equal bits, whatever the threads. Stops before

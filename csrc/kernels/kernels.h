@@ -48,6 +48,9 @@ struct ShuffleKeys {
   uint32_t shift;               // ceil(bits / 2)
 };
 
+// Elements of the largest register tile of any table.
+constexpr size_t largest_tile = 1024;
+
 template <class T>
 struct KernelTable {
   // GEMM. Panels are packed: a[depth][tile_rows], b[depth][tile_cols].
@@ -68,7 +71,8 @@ struct KernelTable {
   // One pass over the rows: residual r = x weight^T + bias - target; gradient of sum r^2, that is 2 r^T x and 2 sum r; returns sum r^2.
   double (*linear_step)(const LinearStep<T>& step);
 
-  // Squared error over n elements: the sum; each term; scale * the gradient with respect to the output, scale * 2 (output - target).
+  // Squared error over n elements: the sum; each term; scale * the gradient with respect to the output, scale * 2 (output - target),
+  // where `gradient` may be the output.
   double (*squared_error_sum)(size_t n, const T* output, const T* target);
   void (*squared_error_terms)(size_t n, const T* output, const T* target, T* terms);
   void (*squared_error_gradient)(size_t n, const T* output, const T* target, T scale, T* gradient);

@@ -5,6 +5,7 @@ namespace {
 
 template <class T, int Rows, int Cols>
 constexpr KernelTable<T> make_table() {
+  static_assert(Rows * Cols * lanes<T> <= largest_tile, "raise largest_tile");
   KernelTable<T> table{};
   table.tile_rows = Rows;
   table.tile_cols = Cols * lanes<T>;

@@ -73,7 +73,7 @@ def local_round(
     of `seed` (None: as they are); the shards are random already.
     """
     losses = np.zeros(1)
-    stop, steps, _ = _core.train(
+    stop, steps = _core.train(
         x,
         y,
         state[: task.parameters],

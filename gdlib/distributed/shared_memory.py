@@ -293,7 +293,7 @@ def fit(
                     kept = states[0].copy()
                     run.check_explosion(number + 1, (number + 1) * task.steps)
                     if bar is not None:
-                        bar.set_postfix(loss=f"{run.losses[number] / run.y.size:.4g}", refresh=False)
+                        bar.set_postfix(loss=f"{run.curve()[number]:.4g}", refresh=False)
                         bar.update()
             seconds = time.perf_counter() - begin
     finally:

@@ -40,7 +40,7 @@ def test_fastest_isa_is_the_default(environment):
     assert output_of("from gdlib import _core; print(_core.isa())", **environment) == _core.available_isas()[-1]
 
 
-@pytest.mark.parametrize("threads", [1, 3, 4096])
+@pytest.mark.parametrize("threads", [1, 3, 1024])
 def test_threads_are_forced(threads):
     assert output_of("from gdlib import _core; print(_core.num_threads())", GDLIB_NUM_THREADS=str(threads)) == str(threads)
 
@@ -60,14 +60,14 @@ def test_unknown_isa_is_an_import_error(isa):
     assert ", ".join(_core.available_isas()) in message
 
 
-@pytest.mark.parametrize("threads", ["0", "-1", "abc", "2.5", "4 threads", "4097", "99999999999999999999"])
+@pytest.mark.parametrize("threads", ["0", "-1", "abc", "2.5", "4 threads", "1025", "99999999999999999999"])
 def test_bad_number_of_threads_is_an_import_error(threads):
     done = run_python("from gdlib import _core", GDLIB_NUM_THREADS=threads)
     message = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1
     assert message.startswith("ImportError: GDLIB_NUM_THREADS is ")
     assert f"'{threads}'" in message
-    assert "1 to 4096" in message
+    assert "1 to 1024" in message
 
 
 FORK = """
@@ -76,13 +76,13 @@ FORK = """
     from gdlib import _core
 
     rng = np.random.default_rng(0)
-    x, target = rng.standard_normal((4096, 300)), rng.standard_normal((4096, 1))
+    x, target = rng.standard_normal((1024, 300)), rng.standard_normal((1024, 1))
     weight = rng.standard_normal((64, 300))
 
     def compute():
         parameters, losses = np.zeros(301), np.zeros(2)
         ranges = [(0, 301, 0.01, 0.0, 0.0, 0.0, False, False, True)]
-        _core.train(x, target, parameters, None, True, ranges, 4096, None, 0, 2, True, 0.0, losses)
+        _core.train(x, target, parameters, None, True, ranges, 1024, None, 0, 2, True, 0.0, losses)
         gradient = np.zeros((64, 300))
         y = _core.linear_forward(x, weight, None)
         _core.linear_backward(y, x, weight, gradient, None, np.zeros_like(x))
@@ -108,3 +108,57 @@ FORK = """
 @pytest.mark.parametrize("isa", _core.available_isas())
 def test_fork_after_threads_have_run(isa):
     assert output_of(FORK, GDLIB_ISA=isa, GDLIB_NUM_THREADS="4") == "same bits"
+
+
+THREADS_DURING_A_CALL = """
+import threading
+import numpy as np
+from gdlib import _core
+
+x, weight = np.ones((1000, 512), np.float32), np.ones((600, 512), np.float32)
+_core.set_num_threads(1)
+wanted = _core.linear_forward(x, weight, None)
+calls = 0
+stop = threading.Event()
+
+def compute():
+    global calls
+    while not stop.is_set():
+        assert np.array_equal(_core.linear_forward(x, weight, None), wanted)
+        calls += 1
+
+worker = threading.Thread(target=compute)
+worker.start()
+while calls < 30:
+    for count in (16, 1):
+        _core.set_num_threads(count)
+stop.set()
+worker.join()
+"""
+
+
+def test_threads_may_be_set_during_a_call():
+    subprocess.run([sys.executable, "-c", THREADS_DURING_A_CALL], check=True, timeout=120)
+
+
+DAEMON_AT_EXIT = """
+import threading
+import time
+import numpy as np
+from gdlib import _core
+
+def compute():
+    x, losses = np.ones((20_000, 10), np.float32), np.zeros(10**6)
+    ranges = [(0, 11, 1e-9, 0.0, 0.0, 0.0, False, False, True)]
+    _core.train(x, x[:, :1].copy(), np.zeros(11, np.float32), None, True, ranges, 32, None, 0, 625 * 10**6, True, 0.0, losses, print)
+
+threading.Thread(target=compute, daemon=True).start()
+threading.Thread(target=lambda: [np.ones(10) + 1 for _ in iter(int, 1)], daemon=True).start()
+time.sleep(0.3)
+"""
+
+
+def test_a_daemon_thread_inside_a_call_does_not_break_the_exit():
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", DAEMON_AT_EXIT], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr

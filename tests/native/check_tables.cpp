@@ -81,8 +81,8 @@ void check_step(std::size_t rows, std::size_t in, std::size_t out) {
   const auto x = numbers<T>(rows * in, 5), y = numbers<T>(rows * out, 6), p = numbers<T>(shape.parameters(), 7);
   std::vector<T> gradient(shape.parameters());
   gdlib::AlignedVector<std::uint32_t> order;
-  gdlib::shuffle_order(9, static_cast<std::uint32_t>(rows), order);
   gdlib::Interrupt interrupt(nullptr);
+  gdlib::shuffle_order(9, static_cast<std::uint32_t>(rows), order, interrupt);
   gdlib::LinearScratch<T> scratch;
   const gdlib::Batch<T> batch{x.data(), in, y.data(), order.data(), rows, 0, true};
   const double loss = gdlib::linear_squared_error_gradient(shape, batch, p.data(), gradient.data(), scratch, interrupt);
@@ -154,7 +154,8 @@ int main() {
     check_all<float>();
     check_all<double>();
     orders.emplace_back();
-    gdlib::shuffle_order(1, 1000, orders.back());
+    gdlib::Interrupt interrupt(nullptr);
+    gdlib::shuffle_order(1, 1000, orders.back(), interrupt);
     expect(std::equal(orders.back().begin(), orders.back().end(), orders.front().begin()), "order");
     std::printf("%s checked\n", isa.c_str());
   }
