@@ -56,7 +56,7 @@ def as_rows(value: Any, columns: int, dtype: np.dtype[Any], name: str) -> npt.ND
     if array.ndim == 0 or array.shape[-1] != columns:
         raise ValueError(f"{name} has shape {array.shape}; [rows, {columns}] is wanted, for a layer with {columns} input features.")
     array = as_dtype(array, dtype).reshape(-1, columns)
-    if array.strides[1] != array.itemsize or array.strides[0] < 0 or array.strides[0] % array.itemsize:
+    if (columns > 1 and array.strides[1] != array.itemsize) or array.strides[0] < 0 or array.strides[0] % array.itemsize:
         array = np.ascontiguousarray(array)
     return array
 

@@ -338,3 +338,221 @@ def test_fit_runs_beside_other_python_threads():
     assert len(results) == 3
     for weight in results:
         np.testing.assert_array_equal(weight, alone)
+
+
+def stable_lr_of(X, y, outputs=1, **options):
+    model = Linear(X.shape[1], outputs, dtype=np.float64, seed=0)
+    batch_size = options.pop("batch_size", len(X))
+    with pytest.raises(DivergenceError) as caught:
+        fit(model, X, y, loss=MSELoss(), optimizer=SGD(model.parameters(), **options), epochs=3000, batch_size=batch_size, shuffle=False)
+    return caught.value.stable_lr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.9, "nesterov": True},
+        {"weight_decay": 3.0},
+        {"weight_decay": 2.0, "momentum": 0.5},
+        {"momentum": 0.8, "dampening": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_the_border_of_stability_knows_every_option(options, outputs):
+    X, y = problem(outputs=outputs)
+
+    def attempt(lr):
+        model = Linear(10, outputs, dtype=np.float64, seed=0)
+        optimizer = SGD(model.parameters(), lr=lr, **options)
+        return fit(model, X, y, loss=MSELoss(), optimizer=optimizer, epochs=3000, batch_size=500, shuffle=False)
+
+    border = stable_lr_of(X, y, outputs, lr=500.0, **options)
+    attempt(0.98 * border)
+    with pytest.raises(DivergenceError):
+        attempt(1.03 * border)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 32])
+def test_the_stable_lr_of_batches_follows_its_formula(batch_size):
+    X, y = problem()
+    wide = np.hstack([X, np.ones((500, 1))])
+    squares = np.square(wide).sum(axis=1)
+    curvature = np.linalg.eigvalsh(2 * wide.T @ wide / 500)[-1]
+    wanted = 2 / (curvature * (1 - 1 / batch_size) + 2 * np.mean(squares**2) / np.mean(squares) / batch_size + 0.5)
+    assert stable_lr_of(X, y, lr=100.0, batch_size=batch_size, weight_decay=0.5) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_advice_that_would_not_help_is_not_given():
+    X, y = problem(dtype=np.float32)
+    with pytest.raises(DivergenceError, match="standardise X and y") as caught:
+        run(X, y * np.float32(1e20), dtype=np.float32, lr=0.01)
+    assert caught.value.step == 1
+    model = Linear(10, 1, dtype=np.float64, seed=0)
+    with pytest.raises(DivergenceError, match="leave maximize out"):
+        fit(model, X, y, loss=MSELoss(), optimizer=SGD(model.parameters(), lr=1.0, maximize=True), epochs=2000)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99])
+def test_no_false_alarm_on_the_way_of_a_heavy_ball(momentum):
+    """At the border of stability momentum overshoots a thousandfold and still converges."""
+    X = np.ones((50, 1))
+    y = 2 * X
+    lr = (1 + np.sqrt(momentum)) ** 2 / 2.0  # of the Hessian's one eigenvalue, 2
+    model = Linear(1, 1, bias=False, dtype=np.float64, seed=0)
+    optimizer = SGD(model.parameters(), lr=lr, momentum=momentum)
+    history = fit(model, X, y, loss=MSELoss(), optimizer=optimizer, epochs=8000, batch_size=50, shuffle=False)
+    assert max(history.loss) > 100 * history.loss[0]
+    assert history.loss[-1] < 1e-10
+
+
+def test_the_last_update_is_looked_at_too():
+    X, y = problem()
+    for optimizer, lr in [(GD, 1e20), (GD, 1e4), (SGD, 1e6)]:
+        with pytest.raises(DivergenceError, match="the last update took the loss to") as caught:
+            run(X, y, optimizer=optimizer, lr=lr, epochs=1, **({} if optimizer is GD else {"batch_size": 500}))
+        assert caught.value.step == 1
+
+
+def test_a_large_mean_does_not_hide_an_explosion():
+    X, y = problem()
+    model = Linear(10, 1, dtype=np.float64, seed=0)
+    model.bias.data[:] = 1000
+    with pytest.raises(DivergenceError):
+        fit(model, X, y + 1000, loss=MSELoss(), optimizer=GD(model.parameters(), lr=1.0), epochs=30)
+
+
+def test_a_failed_fit_leaves_momentum_as_it_was():
+    X, y = problem(rows=64)
+    bad = X.copy()
+    bad[3, 3] = np.nan
+    options = {"lr": 0.01, "momentum": 0.9, "dampening": 0.5}
+    clean, failed = Linear(10, 1, dtype=np.float64, seed=0), Linear(10, 1, dtype=np.float64, seed=0)
+    first, second = SGD(clean.parameters(), **options), SGD(failed.parameters(), **options)
+    for _ in range(2):  # from a fresh optimizer, and from one that has momentum
+        with pytest.raises(ValueError, match="row 3, column 3"):
+            fit(failed, bad, y, loss=MSELoss(), optimizer=second, epochs=2, seed=0)
+        for model, optimizer in ((clean, first), (failed, second)):
+            fit(model, X, y, loss=MSELoss(), optimizer=optimizer, epochs=2, seed=0)
+        np.testing.assert_array_equal(failed.weight.data, clean.weight.data)
+
+
+def test_a_first_gradient_of_zero_counts_as_a_first_step():
+    model = Linear(1, 1, bias=False, dtype=np.float64, seed=0)
+    model.weight.data[:] = 0
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+    x = np.ones((1, 1))
+    for target in (0.0, 1.0):
+        fit(model, x, [target], loss=MSELoss(), optimizer=optimizer, epochs=1, shuffle=False)
+    assert model.weight.data[0, 0] == pytest.approx(0.1 * 0.5 * 2)
+
+
+def test_replayed_momentum_is_that_of_the_step_before():
+    X, y = problem(dtype=np.float32)
+    model, other = Linear(10, 1, seed=0), Linear(10, 1, seed=0)
+    options = {"lr": 1e-3, "momentum": 0.9}
+    optimizer, witness = SGD(model.parameters(), **options), SGD(other.parameters(), **options)
+    for m, o in ((model, optimizer), (other, witness)):
+        fit(m, X, y, loss=MSELoss(), optimizer=o, epochs=1, shuffle=False)
+        o.param_groups[0]["lr"] = 1e37
+    with pytest.raises(DivergenceError) as caught:
+        fit(model, X, y, loss=MSELoss(), optimizer=optimizer, epochs=1, shuffle=False)
+    good = caught.value.step - 1
+    if good:
+        with pytest.raises(DivergenceError):
+            fit(other, X[: 32 * good], y[: 32 * good], loss=MSELoss(), optimizer=witness, epochs=1, shuffle=False)
+    np.testing.assert_array_equal(model._arena.data, other._arena.data)
+    for mine, theirs in zip(optimizer.momentum_state(), witness.momentum_state(), strict=True):
+        np.testing.assert_array_equal(mine[0], theirs[0])
+
+
+def test_momentum_is_handed_back_when_a_run_is_interrupted(monkeypatch):
+    X, y = problem(rows=2000)
+    model = Linear(10, 1, dtype=np.float64, seed=0)
+    optimizer = SGD(model.parameters(), lr=1e-6, momentum=0.9)
+
+    class Bar:
+        n = 0
+
+        def update(self, epochs):
+            raise KeyboardInterrupt
+
+        def set_postfix(self, **_):
+            pass
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("gdlib.training.progress_bar", lambda run: Bar())
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, X, y, loss=MSELoss(), optimizer=optimizer, epochs=10**6, seed=0, progress=True)
+    buffer, started = optimizer.momentum_state()[0]
+    assert started
+    assert buffer.any()
+
+
+def test_the_bar_counts_finished_epochs(monkeypatch):
+    X, y = problem(rows=20000)
+    seen = []
+
+    class Bar:
+        n = 0
+
+        def update(self, epochs):
+            self.n += epochs
+            seen.append(self.n)
+
+        def set_postfix(self, loss, refresh):
+            seen.append(float(loss))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("gdlib.training.progress_bar", lambda run: Bar())
+    history = run(X, y, epochs=500, lr=1e-4, batch_size=1, seed=0, progress=True)[1]
+    assert len(seen) > 3
+    for loss, epoch in zip(seen[::2], seen[1::2], strict=True):
+        assert loss == pytest.approx(history.loss[epoch - 1], rel=1e-3)
+    assert seen[-1] == 500
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"epochs": np.array([3])}, TypeError, "epochs is"),
+        ({"epochs": 10**25}, ValueError, "at most"),
+        ({"seed": np.array(-3)}, ValueError, "seed is -3"),
+        ({"seed": b"x"}, TypeError, "seed is b'x'"),
+    ],
+    ids=str,
+)
+def test_odd_numbers_are_named(change, error, words):
+    model = Linear(2, 1, seed=0)
+    options = {"loss": MSELoss(), "optimizer": SGD(model.parameters(), lr=0.1), "epochs": 1} | change
+    with pytest.raises(error, match=words):
+        fit(model, np.ones((4, 2)), np.ones(4), **options)
+
+
+ENDLESS_PASS = """
+import numpy as np, gdlib
+from gdlib.training import auto_lr
+x = np.broadcast_to(np.float32(1), (10**10, 1))  # one number in memory, minutes of work
+print("ready", flush=True)
+try:
+    auto_lr(gdlib.Linear(1, 1), x, gdlib.MSELoss())
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_ctrl_c_ends_a_single_pass():
+    child = subprocess.Popen([sys.executable, "-c", ENDLESS_PASS], stdout=subprocess.PIPE, text=True)
+    with child:
+        assert child.stdout.readline() == "ready\n"
+        threading.Event().wait(0.5)
+        child.send_signal(signal.SIGINT)
+        try:
+            out, _ = child.communicate(timeout=15)
+        finally:
+            child.kill()
+    assert out == "interrupted\n"

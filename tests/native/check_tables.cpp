@@ -12,6 +12,7 @@
 #include "../../csrc/engine/linear.h"
 #include "../../csrc/engine/parallel.h"
 #include "../../csrc/engine/random.h"
+#include "../../csrc/engine/training.h"
 
 namespace {
 
@@ -121,19 +122,97 @@ void check_vectors(std::size_t n) {
     bad[i] = std::numeric_limits<T>::infinity();
     expect(!gdlib::table<T>().all_finite(n, bad.data()), "finite " + std::to_string(n));
   }
-  auto p = o;
-  std::vector<T> buffer(n);
-  gdlib::table<T>().sgd_update(n, {T(0.1), T(0.9), T(0.2), T(0.3), false, false}, T(0.5), false, t.data(), p.data(), buffer.data());
+}
+
+// A plain SGD step in double, with every option.
+void plain_update(double& p, double& buffer, double gradient, const gdlib::SgdOptions<double>& o, bool has_momentum, bool first) {
+  double d = (o.maximize ? -gradient : gradient) + o.weight_decay * p;
+  if (has_momentum) {
+    buffer = first ? d : o.momentum * buffer + (1 - o.dampening) * d;
+    d = o.nesterov ? d + o.momentum * buffer : buffer;
+  }
+  p -= o.lr * d;
+}
+
+template <class T>
+void check_updates(std::size_t n) {
+  for (int bits = 0; bits < 16; ++bits) {
+    const bool has_momentum = bits & 1, nesterov = bits & 2, maximize = bits & 4, first = bits & 8;
+    const gdlib::SgdOptions<double> o{0.1, has_momentum ? 0.9 : 0.0, nesterov ? 0.0 : 0.2, 0.3, nesterov && has_momentum, maximize};
+    const gdlib::SgdOptions<T> typed{T(o.lr), T(o.momentum), T(o.dampening), T(o.weight_decay), o.nesterov, o.maximize};
+    auto p = numbers<T>(n, 12), buffer = numbers<T>(n, 13);
+    const auto g = numbers<T>(n, 14);
+    std::vector<double> wanted(p.begin(), p.end()), wanted_buffer(buffer.begin(), buffer.end());
+    gdlib::table<T>().sgd_update(n, typed, T(0.5), first, g.data(), p.data(), has_momentum ? buffer.data() : nullptr);
+    bool good = true;
+    for (std::size_t i = 0; i < n; ++i) {
+      plain_update(wanted[i], wanted_buffer[i], 0.5 * g[i], o, has_momentum, first);
+      good = good && close(p[i], wanted[i], 4.0, 10) && close(buffer[i], wanted_buffer[i], 4.0, 10);
+    }
+    expect(good, "update " + std::to_string(n) + " with options " + std::to_string(bits));
+  }
+}
+
+template <class T>
+void check_elementwise(std::size_t n) {
+  const auto o = numbers<T>(n, 15), t = numbers<T>(n, 16), u = numbers<T>(n, 17);
+  std::vector<T> terms(n), gradient(n), mean(n);
+  gdlib::table<T>().squared_error_terms(n, o.data(), t.data(), terms.data());
+  gdlib::table<T>().squared_error_gradient(n, o.data(), t.data(), T(3), gradient.data());
+  const T* sources[3] = {o.data(), t.data(), u.data()};
+  gdlib::table<T>().average(n, 3, sources, mean.data());
   bool good = true;
   for (std::size_t i = 0; i < n; ++i) {
-    const double d = 0.5 * t[i] + 0.3 * o[i];
-    good = good && close(p[i], o[i] - 0.1 * 0.8 * d, 2.0, 8);
+    const double r = static_cast<double>(o[i]) - t[i];
+    good = good && close(terms[i], r * r, 4.0, 3) && close(gradient[i], 6 * r, 12.0, 3) &&
+           close(mean[i], (static_cast<double>(o[i]) + t[i] + u[i]) / 3, 1.0, 4);
   }
-  expect(good, "update " + std::to_string(n));
+  expect(good, "elementwise " + std::to_string(n));
+}
+
+// Whole rounds: every loss is finite and falls, and several tasks and threads give the bits of one thread.
+template <class T>
+void check_rounds(std::size_t rows, std::size_t in, std::size_t out, std::size_t batch) {
+  const auto x = numbers<T>(rows * in, 18), y = numbers<T>(rows * out, 19);
+  const std::vector<std::uint64_t> seeds{1, 1, 2};
+  std::vector<T> first_run;
+  for (const int threads : {1, 2, 3}) {
+    gdlib::set_thread_count(threads);
+    gdlib::Round<T> round{};
+    round.shape = {in, out, true};
+    const std::size_t n = round.shape.parameters();
+    auto parameters = numbers<T>(n, 20);
+    std::vector<T> gradient(n), momentum(n);
+    std::vector<double> losses(3);
+    round.x = x.data();
+    round.x_stride = in;
+    round.target = y.data();
+    round.rows = rows;
+    round.batch_size = batch;
+    round.epoch_seeds = batch < rows ? seeds.data() : nullptr;
+    round.last_step = 3 * ((rows + batch - 1) / batch);
+    round.mean = true;
+    round.ranges = {{0, n, {T(0.05), T(0.5), T(0), T(0), true, false}, true, true}};
+    round.parameters = parameters.data();
+    round.gradient = gradient.data();
+    round.momentum = momentum.data();
+    round.losses = losses.data();
+    gdlib::Interrupt interrupt(nullptr);
+    const gdlib::RoundResult result = gdlib::train_round(round, interrupt, [](std::uint64_t) {});
+    expect(result.stop == gdlib::Stop::finished && losses[2] < losses[0], "round " + std::to_string(rows));
+    if (first_run.empty()) first_run = parameters;
+    expect(parameters == first_run, "round on threads " + std::to_string(threads));
+  }
+  gdlib::Interrupt interrupt(nullptr);
+  const double eigenvalue = gdlib::linear_hessian_eigenvalue<T>(rows, in, x.data(), in, true, interrupt);
+  expect(eigenvalue >= 1.99 * static_cast<double>(rows), "eigenvalue");  // that of the column of ones alone is 2 * rows
 }
 
 template <class T>
 void check_all() {
+  check_rounds<T>(300, 10, 1, 32);
+  check_rounds<T>(30000, 20, 2, 30000);
+  check_rounds<T>(300, 10, 9, 64);
   for (std::size_t rows : {1, 2, 5, 16, 17, 67})
     for (std::size_t in : {1, 2, 3, 4, 5, 10, 16, 31, 67})
       for (std::size_t out : {1, 2, 7, 8, 9, 25, 67}) {
@@ -141,7 +220,11 @@ void check_all() {
         check_step<T>(rows, in, out);
       }
   check_layer<T>(130, 300, 100);  // several blocks of depth and rows
-  for (std::size_t n = 1; n < 40; ++n) check_vectors<T>(n);
+  for (std::size_t n = 1; n < 40; ++n) {
+    check_vectors<T>(n);
+    check_updates<T>(n);
+    check_elementwise<T>(n);
+  }
 }
 
 }  // namespace
