@@ -97,8 +97,17 @@ template <class T>
 void linear_backward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x, std::size_t x_stride,
                      const T* weight, T* weight_gradient, T* bias_gradient, T* input_gradient) {
   const KernelTable<T>& kernel = table<T>();
-  if (input_gradient)
-    gemm<T>(rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}, nullptr, false, input_gradient, in_features);
+  if (input_gradient) {
+    if (out_features >= few_outputs || out_features == 0)
+      gemm<T>(rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}, nullptr, false, input_gradient,
+              in_features);
+    else
+      parallel_for(ceil_divide(rows, rows_per_task(in_features, sizeof(T))), [&](std::size_t task, std::size_t) {
+        const std::size_t task_rows = rows_per_task(in_features, sizeof(T)), begin = task * task_rows;
+        kernel.linear_input_gradient(std::min(task_rows, rows - begin), in_features, out_features, g + begin * out_features, weight,
+                                     input_gradient + begin * in_features);
+      });
+  }
   if (out_features >= few_outputs) {
     weight_gradient_product(rows, in_features, out_features, g, x, x_stride, weight_gradient);
     if (bias_gradient) add_column_sums(rows, out_features, g, bias_gradient);

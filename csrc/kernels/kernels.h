@@ -68,6 +68,9 @@ struct KernelTable {
   void (*linear_gradient)(size_t rows, size_t in_features, size_t out_features, const T* g, const T* x, size_t x_stride,
                           T* weight_gradient, T* bias_gradient);
 
+  // input_gradient[rows, in] = g[rows, out] weight[out, in], for few outputs, at least one.
+  void (*linear_input_gradient)(size_t rows, size_t in_features, size_t out_features, const T* g, const T* weight, T* input_gradient);
+
   // One pass over the rows: residual r = x weight^T + bias - target; gradient of sum r^2, that is 2 r^T x and 2 sum r; returns sum r^2.
   double (*linear_step)(const LinearStep<T>& step);
 

@@ -12,6 +12,7 @@ constexpr KernelTable<T> make_table() {
   table.gemm_tile = gemm_tile<T, Rows, Cols>;
   table.linear_forward = linear_forward<T>;
   table.linear_gradient = linear_gradient<T>;
+  table.linear_input_gradient = linear_input_gradient<T>;
   table.linear_step = linear_step<T>;
   table.squared_error_sum = squared_error_sum<T>;
   table.squared_error_terms = squared_error_terms<T>;
