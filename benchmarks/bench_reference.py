@@ -78,10 +78,10 @@ GROUPS = [
         [
             Contender("gdlib fit", gdlib_fit, EPOCHS),
             Contender("gdlib readable loop", gdlib_loop, EPOCHS),
+            _peer("NumPy loop", peers.numpy_loop),
             *_pytorch("PyTorch loop", peers.pytorch_loop, batches="DataLoader"),
             *_pytorch("PyTorch without DataLoader", peers.pytorch_loop, batches="shuffled"),
             *_pytorch("PyTorch by hand", peers.pytorch_by_hand),
-            _peer("NumPy loop", peers.numpy_loop),
             *(_peer("scikit-learn SGDRegressor", peers.sklearn_sgd, variant=dtype, dtype=dtype) for dtype in ("float32", "float64")),
             _peer("JAX jit(scan), in order", peers.jax_scan),
             machine.fma_peak("float32", 1, FLOPS),
@@ -90,6 +90,7 @@ GROUPS = [
         check,
         f"An epoch is {STEPS} steps (10,000 for scikit-learn, one for each row; {ROWS // BATCH_SIZE} for JAX). Every run starts with a new "
         f"model, and its final loss must be within 5 % of the noise floor. A run is {EPOCHS} epochs; PyTorch's, {SLOW_EPOCHS}.",
+        rounds=15,
     )
 ]
 

@@ -85,6 +85,11 @@ class Timing:
     def seconds(self) -> float:
         return statistics.median(self.samples) if self.samples else math.nan
 
+    def over(self, other: "Timing") -> float:
+        """How many times as long as the other: the median over rounds, in each of which both met the same machine."""
+        pairs = list(zip(self.samples, other.samples, strict=False))
+        return statistics.median(mine / theirs for mine, theirs in pairs) if pairs else math.nan
+
 
 def measure(group: Group, rounds: int) -> list[Timing]:
     """Time the contenders of a group in turn, so that a neighbour's load meets all of them."""

@@ -28,7 +28,7 @@ INTRODUCTION = f"""# Benchmarks
 
 Made by `{COMMAND}`, after `pip install .[bench]`; PyTorch and JAX take part where they are installed. The result
 of each contender is checked before it is timed. Then all contenders of a table, and the machine's limit, take turns on the same arrays;
-the figures are medians. PyTorch runs with one thread and with all, scikit-learn in float32 and float64: the faster one counts. Absolute
+the figures are medians, and a ratio is the median of the ratios of each turn. PyTorch runs with one thread and with all, scikit-learn in float32 and float64: the faster one counts. Absolute
 times are this machine's: compare ratios.
 """
 Timings = dict[str, Timing]  # by name of the contender
@@ -74,10 +74,10 @@ def rate(group: Group, timing: Timing) -> str:
 
 
 def group_table(group: Group, timings: Timings) -> str:
-    base = next(timing.seconds for name, timing in timings.items() if name.startswith("gdlib"))
+    base = next(timing for name, timing in timings.items() if name.startswith("gdlib"))
     rows = []
     for timing in timings.values():
-        ratio = digits(timing.seconds / base) if timing.samples else ""
+        ratio = digits(timing.over(base)) if timing.samples else ""
         share = percent(at_limit(timings) / timing.seconds)
         rows.append([timing.contender.label, duration(timing), rate(group, timing) if timing.samples else "", ratio, share])
     return table([group.title, f"one {group.unit}", "rate", "time, gdlib's being 1", "share of the limit"], rows) + f"\n{group.note}\n"
@@ -94,16 +94,16 @@ def layer_table(results: dict[str, Timings]) -> str:
 
 def promise_table(results: dict[str, Timings], memory: float) -> str:
     reference, descent = results[REFERENCE.title], results[DESCENT[0].title]
-    fit, loop = reference["gdlib fit"].seconds, reference["gdlib readable loop"].seconds
-    torch, numpy, sklearn = (reference[name].seconds for name in ("PyTorch loop", "NumPy loop", "scikit-learn SGDRegressor"))
+    fit, loop = reference["gdlib fit"], reference["gdlib readable loop"]
+    torch, numpy, sklearn = (reference[name] for name in ("PyTorch loop", "NumPy loop", "scikit-learn SGDRegressor"))
     share = at_limit(descent) / descent["gdlib fit"].seconds
     over_numpy = results[IMPORT.title]["gdlib"].seconds - results[IMPORT.title]["NumPy"].seconds
     rows = []
     for what, sign, bound, value, unit, command in (
-        ("Reference program: `fit` beside PyTorch's loop", ">=", 1000, torch / fit, "x", COMMAND),
-        ("Reference program: `fit` beside scikit-learn's SGDRegressor", ">=", 4, sklearn / fit, "x", COMMAND),
-        ("Reference program: the readable loop beside PyTorch's", ">=", 20, torch / loop, "x", COMMAND),
-        ("Reference program: the readable loop beside NumPy's", ">=", 1.3, numpy / loop, "x", COMMAND),
+        ("Reference program: `fit` beside PyTorch's loop", ">=", 1000, torch.over(fit), "x", COMMAND),
+        ("Reference program: `fit` beside scikit-learn's SGDRegressor", ">=", 4, sklearn.over(fit), "x", COMMAND),
+        ("Reference program: the readable loop beside PyTorch's", ">=", 20, torch.over(loop), "x", COMMAND),
+        ("Reference program: the readable loop beside NumPy's", ">=", 1.3, numpy.over(loop), "x", COMMAND),
         (f"{DESCENT[0].title}: share of the read bandwidth", ">=", 60, 100 * share, " %", COMMAND),
         ("The same: memory beyond X and y", "<", 16, memory / 1e6, " MB", COMMAND),
         ("`import gdlib` over `import numpy`", "<=", 40, 1e3 * over_numpy, " ms", COMMAND),
@@ -159,7 +159,7 @@ def bars(path: Path, names: list[str], values: list[float], labels: list[str], t
 def draw(results: dict[str, Timings], folder: Path) -> None:
     contenders = [t for t in results[REFERENCE.title].values() if t.samples and not t.contender.limit]
     contenders.sort(key=lambda timing: timing.seconds)
-    ratios = [timing.seconds / contenders[0].seconds for timing in contenders]
+    ratios = [timing.over(contenders[0]) for timing in contenders]
     names, labels = [timing.contender.name for timing in contenders], [f"{digits(ratio)}x" for ratio in ratios]
     bars(folder / "benchmarks-reference.svg", names, ratios, labels, REFERENCE.title, f"time, {names[0]}'s being 1", "log")
     shares = {
