@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,8 @@ INTRODUCTION = f"""# Benchmarks
 
 Made by `{COMMAND}`, after `pip install .[bench]`; PyTorch and JAX take part where they are installed. The result
 of each contender is checked before it is timed. Then all contenders of a table, and the machine's limit, take turns on the same arrays;
-the figures are medians, and a ratio is the median of the ratios of each turn. PyTorch runs with one thread and with all, scikit-learn in float32 and float64: the faster one counts. Absolute
-times are this machine's: compare ratios.
+the figures are medians, and a ratio is the median of the ratios of each turn. PyTorch runs with one thread and with all, scikit-learn in
+float32 and float64: the faster one counts. Absolute times are this machine's: compare ratios.
 """
 Timings = dict[str, Timing]  # by name of the contender
 
@@ -97,7 +98,9 @@ def promise_table(results: dict[str, Timings], memory: float) -> str:
     fit, loop = reference["gdlib fit"], reference["gdlib readable loop"]
     torch, numpy, sklearn = (reference[name] for name in ("PyTorch loop", "NumPy loop", "scikit-learn SGDRegressor"))
     share = at_limit(descent) / descent["gdlib fit"].seconds
-    over_numpy = results[IMPORT.title]["gdlib"].seconds - results[IMPORT.title]["NumPy"].seconds
+    imports = results[IMPORT.title]
+    turns = zip(imports["gdlib"].samples, imports["NumPy"].samples, strict=True)
+    over_numpy = statistics.median(mine - numpys for mine, numpys in turns)
     rows = []
     for what, sign, bound, value, unit, command in (
         ("Reference program: `fit` beside PyTorch's loop", ">=", 1000, torch.over(fit), "x", COMMAND),
