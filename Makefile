@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/*)
 
+# One pip at a time in one environment.
+.NOTPARALLEL:
 .PHONY: quickstart test bench lint stubs clean
 
 quickstart: $(VENV)/installed-quickstart
@@ -25,16 +27,19 @@ lint: $(VENV)/installed-dev
 stubs: $(VENV)/installed-dev
 	$(BIN)/python tests/generate_stubs.py gdlib/_core.pyi
 
-$(BIN)/python:
+# Only a stamp says that the environment is whole: one that was interrupted, or has no pip, is made anew.
+$(VENV)/created:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gdlib needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip --version
+	touch $@
 
 # An editable install: Python files are used where they lie; the kernels are built again when a source of theirs is newer.
 $(VENV)/installed-quickstart: EXTRAS := serve,plot
 $(VENV)/installed-test: EXTRAS := test
 $(VENV)/installed-bench: EXTRAS := bench
 $(VENV)/installed-dev: EXTRAS := dev
-$(VENV)/installed-%: $(SOURCES) | $(BIN)/python
+$(VENV)/installed-%: $(SOURCES) | $(VENV)/created
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
 
