@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ def importing(_: Any, module: str) -> Run:
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         raise ModuleNotFoundError(name=module.partition(".")[0])
     return partial(fresh_interpreter, f"import {module}")
+
+
+def import_seconds_beyond_numpy(rounds: int = 15) -> float:
+    """What `import gdlib` takes in an interpreter that has imported NumPy: the median over fresh ones, after one that fills the caches."""
+    code = "import time, numpy; begin = time.perf_counter(); import gdlib; print(time.perf_counter() - begin)"
+    return statistics.median([float(fresh_interpreter(code)) for _ in range(rounds + 1)][1:])
 
 
 def installed_bytes() -> int:

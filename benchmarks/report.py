@@ -9,7 +9,6 @@ import importlib.util
 import math
 import os
 import platform
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,9 +97,7 @@ def promise_table(results: dict[str, Timings], memory: float) -> str:
     fit, loop = reference["gdlib fit"], reference["gdlib readable loop"]
     torch, numpy, sklearn = (reference[name] for name in ("PyTorch loop", "NumPy loop", "scikit-learn SGDRegressor"))
     share = at_limit(descent) / descent["gdlib fit"].seconds
-    imports = results[IMPORT.title]
-    turns = zip(imports["gdlib"].samples, imports["NumPy"].samples, strict=True)
-    over_numpy = statistics.median(mine - numpys for mine, numpys in turns)
+    over_numpy = bench_footprint.import_seconds_beyond_numpy()
     rows = []
     for what, sign, bound, value, unit, command in (
         ("Reference program: `fit` beside PyTorch's loop", ">=", 1000, torch.over(fit), "x", COMMAND),
