@@ -1,10 +1,18 @@
-// C[rows, cols] = A[rows, depth] B[depth, cols], any strides on the inputs: packed panels, cache blocks, threads over blocks of C.
+// C[rows, cols] = start + A[rows, depth] B[depth, cols]: cache blocks, packed panels, threads over blocks of C.
+//
+// Every element of C is one chain of multiply-adds in the order of depth: its bits depend on neither the other rows and columns, nor the
+// layout of the operands, nor the number of threads. So blocks and packing are free to follow the sizes of a call.
 #pragma once
 
 #include <cstddef>
+#include <memory>
+#include <type_traits>
+
+#include "aligned.h"
 
 namespace gdlib {
 
+// A matrix as it lies in memory. One of the strides is 1.
 template <class T>
 struct MatrixView {
   const T* data;
@@ -13,10 +21,61 @@ struct MatrixView {
   const T* at(std::size_t row, std::size_t col) const { return data + row * row_stride + col * col_stride; }
 };
 
-// c[rows, cols] (+)= a b + bias[cols], c row-major with c_stride; bias may be null. Every element is summed in depth order within fixed
-// blocks of depth: its bits depend on neither `rows`, nor its place, nor the number of threads. Throws std::bad_alloc.
+// B laid out for the register tiles of the kernel table in use, for products that use it again and again.
 template <class T>
-void gemm(std::size_t rows, std::size_t cols, std::size_t depth, MatrixView<T> a, MatrixView<T> b, const T* bias, bool accumulate, T* c,
-          std::size_t c_stride);
+class PackedMatrix {
+ public:
+  PackedMatrix() = default;
+  // Throws std::bad_alloc.
+  PackedMatrix(std::size_t depth, std::size_t cols, MatrixView<T> b);
+
+  std::size_t depth() const { return depth_; }
+  std::size_t cols() const { return cols_; }
+  // The panel that begins at column `col`, from the depth `d` on, given its width in elements.
+  const T* at(std::size_t d, std::size_t col, std::size_t width) const { return data_.data() + col * depth_ + d * width; }
+
+ private:
+  std::size_t depth_ = 0, cols_ = 0;
+  AlignedVector<T> data_;
+};
+
+// What is done to a block of C, c[row ... row + rows, col ... col + cols], once its sums are complete and while it is in a cache, by the
+// thread that computed it. Refers to a callable that outlives the product.
+class BlockVisitor {
+ public:
+  BlockVisitor() = default;
+  template <class Callable, class = std::enable_if_t<!std::is_same_v<std::decay_t<Callable>, BlockVisitor>>>
+  BlockVisitor(const Callable& callable)
+      : callable_(std::addressof(callable)), call_([](const void* object, std::size_t row, std::size_t rows, std::size_t col, std::size_t cols) {
+          (*static_cast<const Callable*>(object))(row, rows, col, cols);
+        }) {}
+
+  explicit operator bool() const { return call_ != nullptr; }
+  void operator()(std::size_t row, std::size_t rows, std::size_t col, std::size_t cols) const { call_(callable_, row, rows, col, cols); }
+
+ private:
+  const void* callable_ = nullptr;
+  void (*call_)(const void*, std::size_t, std::size_t, std::size_t, std::size_t) = nullptr;
+};
+
+// One product. Where chains of additions start: at the bias of the column, at what c holds, or at zero.
+template <class T>
+struct Product {
+  std::size_t rows;
+  std::size_t cols;
+  std::size_t depth;
+  MatrixView<T> a;
+  MatrixView<T> b;                          // not read when `packed` is given
+  const PackedMatrix<T>* packed = nullptr;  // b, laid out before
+  const T* bias = nullptr;                  // [cols]
+  bool accumulate = false;                  // start at c; without bias
+  T* c = nullptr;                           // row-major
+  std::size_t c_stride = 0;
+  BlockVisitor finish = {};
+};
+
+// Computes it on up to thread_count() threads, on one where the product is small or `serial`. Throws std::bad_alloc.
+template <class T>
+void gemm(const Product<T>& product, bool serial = false);
 
 }  // namespace gdlib

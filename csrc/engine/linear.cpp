@@ -62,8 +62,11 @@ void weight_gradient_product(std::size_t rows, std::size_t in_features, std::siz
                              std::size_t x_stride, T* weight_gradient) {
   constexpr std::size_t most_rows = 1 << 14;
   const auto product = [&](std::size_t begin, std::size_t count, bool accumulate, T* into) {
-    gemm<T>(out_features, in_features, count, {g + begin * out_features, 1, out_features}, {x + begin * x_stride, x_stride, 1}, nullptr,
-            accumulate, into, in_features);
+    Product<T> p{out_features, in_features, count, {g + begin * out_features, 1, out_features}, {x + begin * x_stride, x_stride, 1}};
+    p.accumulate = accumulate;
+    p.c = into;
+    p.c_stride = in_features;
+    gemm(p);
   };
   if (rows <= most_rows) return product(0, rows, true, weight_gradient);
   const std::size_t n = in_features * out_features;
@@ -82,8 +85,11 @@ template <class T>
 void linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* x, std::size_t x_stride,
                     const T* weight, const T* bias, T* y) {
   if (out_features >= few_outputs) {
-    gemm<T>(rows, out_features, in_features, {x, x_stride, 1}, {weight, 1, in_features}, bias, false, y, out_features);
-    return;
+    Product<T> p{rows, out_features, in_features, {x, x_stride, 1}, {weight, 1, in_features}};
+    p.bias = bias;
+    p.c = y;
+    p.c_stride = out_features;
+    return gemm(p);
   }
   const std::size_t task_rows = rows_per_task(in_features, sizeof(T));
   parallel_for(ceil_divide(rows, task_rows), [&](std::size_t task, std::size_t) {
@@ -98,15 +104,18 @@ void linear_backward(std::size_t rows, std::size_t in_features, std::size_t out_
                      const T* weight, T* weight_gradient, T* bias_gradient, T* input_gradient) {
   const KernelTable<T>& kernel = table<T>();
   if (input_gradient) {
-    if (out_features >= few_outputs || out_features == 0)
-      gemm<T>(rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}, nullptr, false, input_gradient,
-              in_features);
-    else
+    if (out_features >= few_outputs || out_features == 0) {
+      Product<T> p{rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}};
+      p.c = input_gradient;
+      p.c_stride = in_features;
+      gemm(p);
+    } else {
       parallel_for(ceil_divide(rows, rows_per_task(in_features, sizeof(T))), [&](std::size_t task, std::size_t) {
         const std::size_t task_rows = rows_per_task(in_features, sizeof(T)), begin = task * task_rows;
         kernel.linear_input_gradient(std::min(task_rows, rows - begin), in_features, out_features, g + begin * out_features, weight,
                                      input_gradient + begin * in_features);
       });
+    }
   }
   if (out_features >= few_outputs) {
     weight_gradient_product(rows, in_features, out_features, g, x, x_stride, weight_gradient);

@@ -48,17 +48,40 @@ struct ShuffleKeys {
   uint32_t shift;               // ceil(bits / 2)
 };
 
-// Elements of the largest register tile of any table.
-constexpr size_t largest_tile = 1024;
+// One register tile of a product: see KernelTable::gemm_tile.
+template <class T>
+struct GemmTile {
+  size_t depth;
+  const T* a;              // [rows, depth], elements a_row_stride and a_depth_stride apart
+  size_t a_row_stride;
+  size_t a_depth_stride;
+  const T* b;              // [depth, columns], rows b_stride apart; whole vectors are read, past the last column too
+  size_t b_stride;
+  const T* start;          // [rows, columns], rows start_stride apart (0: one row for all), or null: zeros; may be c
+  size_t start_stride;
+  T* c;                    // [rows, columns], rows c_stride apart
+  size_t c_stride;
+  size_t columns;
+};
+
+constexpr size_t most_tile_rows = 8;
+constexpr size_t most_tile_vectors = 3;
 
 template <class T>
 struct KernelTable {
-  // GEMM. Panels are packed: a[depth][tile_rows], b[depth][tile_cols].
-  // c[tile_rows, tile_cols] = (accumulate ? c : 0) + sum over depth of a * b + (bias ? bias[tile_cols] : 0).
-  // Every element is one chain of additions in depth order: its value does not depend on where in a tile it lies.
+  // GEMM. c = start + a b on a tile of r rows and v vectors of columns (the last one whole or in part) by gemm_tile[r - 1][v - 1], for r up
+  // to tile_rows and v up to tile_vectors. Every element is one chain of multiply-adds in the order of depth, from its start on: how a
+  // product is cut into tiles, blocks of depth and threads does not show in its bits.
   size_t tile_rows;
-  size_t tile_cols;
-  void (*gemm_tile)(size_t depth, const T* a, const T* b, const T* bias, bool accumulate, T* c, size_t c_stride);
+  size_t tile_vectors;
+  size_t lanes;  // elements of a vector
+  void (*gemm_tile[most_tile_rows][most_tile_vectors])(const GemmTile<T>& tile);
+
+  // panel[depth][panel_width] = the elements (d, k) of a source with the given strides, one of which is 1, for k < width, and zeros from
+  // there on. Columns of b: panel_width is a multiple of `lanes`. Rows of a: it is tile_rows.
+  void (*gemm_pack_columns)(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel,
+                            size_t panel_width);
+  void (*gemm_pack_rows)(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel);
 
   // y[rows, out] = x[rows, in] weight[out, in]^T + bias[out], for few outputs. A row's value does not depend on the other rows.
   void (*linear_forward)(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride, const T* weight,

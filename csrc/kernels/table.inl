@@ -1,15 +1,17 @@
-// One ISA's table, made of every body above it. A tile is Rows x Cols vectors, chosen for the registers that the ISA has.
+// One ISA's table, made of every body above it. A tile is Rows x Vectors vectors, chosen for the registers that the ISA has.
 
 namespace gdlib {
 namespace {
 
-template <class T, int Rows, int Cols>
+template <class T, int Rows, int Vectors>
 constexpr KernelTable<T> make_table() {
-  static_assert(Rows * Cols * lanes<T> <= largest_tile, "raise largest_tile");
   KernelTable<T> table{};
   table.tile_rows = Rows;
-  table.tile_cols = Cols * lanes<T>;
-  table.gemm_tile = gemm_tile<T, Rows, Cols>;
+  table.tile_vectors = Vectors;
+  table.lanes = lanes<T>;
+  fill_tiles<T, Rows, Vectors>(table);
+  table.gemm_pack_columns = gemm_pack_columns<T>;
+  table.gemm_pack_rows = gemm_pack_rows<T, Rows>;
   table.linear_forward = linear_forward<T>;
   table.linear_gradient = linear_gradient<T>;
   table.linear_input_gradient = linear_input_gradient<T>;
@@ -23,9 +25,9 @@ constexpr KernelTable<T> make_table() {
   return table;
 }
 
-template <int Rows, int Cols>
+template <int Rows, int Vectors>
 constexpr Kernels make_kernels(const char* isa) {
-  return {isa, lane_bytes, make_table<float, Rows, Cols>(), make_table<double, Rows, Cols>(), shuffle};
+  return {isa, lane_bytes, make_table<float, Rows, Vectors>(), make_table<double, Rows, Vectors>(), shuffle};
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 #include "kernels.h"
 #include "simd.h"
 // The bodies, in the order in which they use each other.
-#include "gemm_tile.inl"
+#include "gemm.inl"
 #include "losses.inl"
 #include "linear.inl"
 #include "shuffle.inl"

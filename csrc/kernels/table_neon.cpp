@@ -1,9 +1,9 @@
-// The neon table. 32 vector registers of 128 bits: 24 accumulators, 4 columns, 1 broadcast.
+// The neon table. 32 vector registers of 128 bits: 24 accumulators, 3 columns, 1 broadcast.
 #define GDLIB_NEON 1
 #include "kernels.h"
 #include "simd.h"
 // The bodies, in the order in which they use each other.
-#include "gemm_tile.inl"
+#include "gemm.inl"
 #include "losses.inl"
 #include "linear.inl"
 #include "shuffle.inl"
@@ -13,6 +13,6 @@
 namespace gdlib {
 
 extern const Kernels kernels_neon;
-const Kernels kernels_neon = make_kernels<6, 4>("neon");
+const Kernels kernels_neon = make_kernels<8, 3>("neon");
 
 }  // namespace gdlib

@@ -1,0 +1,138 @@
+// GEMM on the ground floor: the register tile, and the copies that lay its operands out in its order.
+// Accumulates in T. Blocking, edges between tasks and threads are the engine's.
+
+namespace gdlib {
+namespace {
+
+// c[Rows, columns] = start + a b, columns from (Vectors - 1) whole vectors and one more element to Vectors whole ones: Rows x Vectors
+// accumulators, one broadcast of a per row and step of depth. Each element is one chain of multiply-adds in the order of depth.
+template <class T, int Rows, int Vectors>
+void gemm_tile(const GemmTile<T>& t) {
+  constexpr size_t w = lanes<T>;
+  const size_t last = t.columns - (Vectors - 1) * w;  // elements of the last vector
+  Vector<T> sum[Rows][Vectors];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vectors; ++v) {
+      const T* const from = t.start + r * t.start_stride + v * w;
+      sum[r][v] = !t.start ? zero<T>() : v < Vectors - 1 ? load(from) : load_up_to(from, last);
+    }
+  const T* row[Rows];
+  for (int r = 0; r < Rows; ++r) row[r] = t.a + r * t.a_row_stride;
+  const T* b = t.b;
+  const size_t a_step = t.a_depth_stride, b_step = t.b_stride;
+  size_t at = 0;
+  for (size_t d = 0; d < t.depth; ++d, at += a_step, b += b_step) {
+    Vector<T> column[Vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) column[v] = load(b + v * w);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const Vector<T> factor = broadcast(row[r][at]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(factor, column[v], sum[r][v]);
+    }
+  }
+  T* c = t.c;
+  for (int r = 0; r < Rows; ++r, c += t.c_stride) {
+    for (int v = 0; v < Vectors - 1; ++v) store(c + v * w, sum[r][v]);
+    store_up_to(c + (Vectors - 1) * w, sum[r][Vectors - 1], last);
+  }
+}
+
+// A vector of N elements: what a panel's rows are made of, which may be narrower than a register.
+template <class T, int N>
+struct Strip {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+
+template <int Stride, class V, int... L>
+inline void exchange(V& a, V& b, Sequence<L...>) {
+  constexpr int n = sizeof...(L);
+  const V low = __builtin_shufflevector(a, b, ((L & Stride) ? L - Stride + n : L)...);
+  b = __builtin_shufflevector(a, b, ((L & Stride) ? L + n : L + Stride)...);
+  a = low;
+}
+
+// Transposes N vectors of N elements: bit by bit, the number of a vector and that of a lane change places.
+template <int Stride, int N, class V>
+inline void transpose(V (&v)[N]) {
+  if constexpr (Stride < N) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+      if (!(i & Stride)) exchange<Stride>(v[i], v[i + Stride], typename MakeSequence<N>::type{});
+    transpose<2 * Stride, N>(v);
+  }
+}
+
+// N columns of a panel from N sequences of `depth` elements, of which `present` exist.
+template <class T, int N>
+inline void pack_transposed(size_t depth, size_t present, const T* source, size_t stride, T* panel, size_t panel_width) {
+  typedef typename Strip<T, N>::type V;
+  typedef typename Strip<T, N>::unaligned U;
+  size_t d = 0;
+  for (; d + N <= depth; d += N) {
+    V v[N];
+    if (present >= N) {
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) v[i] = *reinterpret_cast<const U*>(source + i * stride + d);
+    } else {
+      for (int i = 0; i < N; ++i) v[i] = (size_t)i < present ? *reinterpret_cast<const U*>(source + i * stride + d) : V{};
+    }
+    transpose<1, N>(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) *reinterpret_cast<U*>(panel + (d + i) * panel_width) = v[i];
+  }
+  if (d == depth) return;
+  const size_t rest = depth - d;
+  V v[N];
+  for (int i = 0; i < N; ++i) {
+    v[i] = V{};
+    if ((size_t)i < present) __builtin_memcpy(&v[i], source + i * stride + d, rest * sizeof(T));
+  }
+  transpose<1, N>(v);
+  for (size_t i = 0; i < rest; ++i) *reinterpret_cast<U*>(panel + (d + i) * panel_width) = v[i];
+}
+
+// panel[depth][panel_width] = source[d, k], k < width, zero from there on; N divides panel_width. One of the strides is 1.
+template <class T, int N>
+inline void pack(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel, size_t panel_width) {
+  typedef typename Strip<T, N>::unaligned U;
+  for (size_t k = 0; k < panel_width; k += N) {
+    const size_t present = width > k ? width - k : 0;
+    const T* const from = source + k * width_stride;
+    if (width_stride != 1) {
+      pack_transposed<T, N>(depth, present, from, width_stride, panel + k, panel_width);
+    } else if (present >= N) {
+      for (size_t d = 0; d < depth; ++d)
+        *reinterpret_cast<U*>(panel + d * panel_width + k) = *reinterpret_cast<const U*>(from + d * depth_stride);
+    } else {
+      for (size_t d = 0; d < depth; ++d)
+        for (size_t i = 0; i < N; ++i) panel[d * panel_width + k + i] = i < present ? from[d * depth_stride + i] : T(0);
+    }
+  }
+}
+
+template <class T>
+void gemm_pack_columns(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel, size_t panel_width) {
+  pack<T, (int)lanes<T>>(depth, width, source, depth_stride, width_stride, panel, panel_width);
+}
+
+template <class T, int Rows>
+void gemm_pack_rows(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel) {
+  constexpr int n = Rows < (int)lanes<T> ? Rows : (int)lanes<T>;
+  pack<T, n>(depth, width, source, depth_stride, width_stride, panel, Rows);
+}
+
+// The table's tiles of every height up to Rows and every width up to Vectors.
+template <class T, int Rows, int Vectors, int Widest = Vectors>
+constexpr void fill_tiles(KernelTable<T>& table) {
+  table.gemm_tile[Rows - 1][Vectors - 1] = gemm_tile<T, Rows, Vectors>;
+  if constexpr (Vectors > 1)
+    fill_tiles<T, Rows, Vectors - 1, Widest>(table);
+  else if constexpr (Rows > 1)
+    fill_tiles<T, Rows - 1, Widest>(table);
+}
+
+}  // namespace
+}  // namespace gdlib
