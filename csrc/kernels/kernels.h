@@ -39,6 +39,26 @@ struct LinearStep {
   T* bias_gradient;       // [out_features], overwritten; null when bias is
 };
 
+// Steps of mini-batch SGD on a linear layer with one output and a squared-error loss: see KernelTable::linear_run.
+template <class T>
+struct LinearRun {
+  const T* x;             // [*, in_features], rows `x_stride` apart
+  size_t x_stride;
+  const T* target;        // [*]
+  const uint32_t* index;  // [rows] row numbers into x and target, or null: rows 0, 1, 2, ...
+  size_t rows;            // of all steps; the last batch may be smaller
+  size_t batch_size;
+  bool prefetch;          // x is larger than the caches
+  size_t in_features;
+  bool has_bias;
+  bool mean;              // the loss is the mean over a batch, else the sum
+  SgdOptions<T> options;
+  bool first_step;        // the momentum buffer is not set yet
+  T* parameters;          // [in_features + has_bias], in place
+  T* momentum;            // the same, or null without momentum
+  double* loss;           // the sums of squared errors are added
+};
+
 // Keys of one pseudo-random order: a bijection of the numbers below 2^bits.
 struct ShuffleKeys {
   static constexpr int rounds = 5;
@@ -96,6 +116,10 @@ struct KernelTable {
 
   // One pass over the rows: residual r = x weight^T + bias - target; gradient of sum r^2, that is 2 r^T x and 2 sum r; returns sum r^2.
   double (*linear_step)(const LinearStep<T>& step);
+
+  // The steps of a run, for up to run_features features; returns how many were made: it stops before one whose loss is not finite.
+  size_t run_features;
+  size_t (*linear_run)(const LinearRun<T>& run);
 
   // Squared error over n elements: the sum; each term; scale * the gradient with respect to the output, scale * 2 (output - target),
   // where `gradient` may be the output.

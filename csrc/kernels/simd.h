@@ -58,13 +58,13 @@ inline Vector<T> zero() {
 // Tails: the first `count` lanes, 0 < count < lanes; absent lanes read as zero and are not touched in memory.
 #if defined(__AVX512F__)
 inline Vector<float> load_partial(const float* p, size_t count) {
-  return (Vector<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+  return (Vector<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1u), p);
 }
 inline Vector<double> load_partial(const double* p, size_t count) {
   return (Vector<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << count) - 1), p);
 }
 inline void store_partial(float* p, Vector<float> v, size_t count) {
-  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1u), (__m512)v);
 }
 inline void store_partial(double* p, Vector<double> v, size_t count) {
   _mm512_mask_storeu_pd(p, (__mmask8)((1u << count) - 1), (__m512d)v);
@@ -139,6 +139,52 @@ inline void store_up_to(T* p, Vector<T> v, size_t count) {
   else
     store_partial(p, v, count);
 }
+
+// The first `count` lanes, 0 <= count <= lanes.
+#if defined(__AVX512F__) || defined(__AVX2__)
+template <class T>
+inline Vector<T> load_first(const T* p, size_t count) {
+  return load_partial(p, count);
+}
+#else
+template <class T>
+inline Vector<T> load_first(const T* p, size_t count) {
+  return count == lanes<T> ? load(p) : load_partial(p, count);
+}
+#endif
+
+// One lane of a vector, chosen at run time.
+#if defined(__AVX512F__)
+template <class T>
+struct Lane {
+  __mmask16 mask;
+  explicit Lane(size_t number) : mask((__mmask16)(1u << number)) {}
+  Vector<float> replaced(Vector<float> v, float value) const {
+    return (Vector<float>)_mm512_mask_broadcastss_ps((__m512)v, mask, _mm_set_ss(value));
+  }
+  Vector<double> replaced(Vector<double> v, double value) const {
+    return (Vector<double>)_mm512_mask_broadcastsd_pd((__m512d)v, (__mmask8)mask, _mm_set_sd(value));
+  }
+};
+#else
+template <class T>
+struct Lane {
+  Vector<T> chosen{};  // 1 in that lane; comparing it gives the mask
+  explicit Lane(size_t number) { chosen[number] = T(1); }
+  Vector<T> replaced(Vector<T> v, T value) const { return chosen != zero<T>() ? broadcast(value) : v; }
+};
+#endif
+
+// The compiler has to take the array for changed: what is read from it next comes from memory.
+template <class T, size_t N>
+inline void keep_in_memory(T (&array)[N]) {
+  asm volatile("" : "+m"(array));
+}
+
+template <bool Value>
+struct Constant {
+  static constexpr bool value = Value;
+};
 
 template <int... I>
 struct Sequence {};

@@ -16,6 +16,8 @@ constexpr KernelTable<T> make_table() {
   table.linear_gradient = linear_gradient<T>;
   table.linear_input_gradient = linear_input_gradient<T>;
   table.linear_step = linear_step<T>;
+  table.run_features = most_run_vectors * lanes<T> - 2;
+  table.linear_run = linear_run<T>;
   table.squared_error_sum = squared_error_sum<T>;
   table.squared_error_terms = squared_error_terms<T>;
   table.squared_error_gradient = squared_error_gradient<T>;

@@ -1,0 +1,138 @@
+// Many steps of mini-batch SGD on one output with few features, without leaving the registers: 3 times as quick on 10 features in batches
+// of 32 as a visit to each batch (linear_step), an update and the calls between them.
+//
+// A row is extended to [x, 1, target] and the parameters to [weight, bias, -1], so that one dot product is the residual, and the sum of
+// residual * row holds the gradient of weight and bias in the order in which they lie in memory. Accumulates in T; losses leave in double.
+
+namespace gdlib {
+namespace {
+
+constexpr int most_run_vectors = 4;
+
+// How the extended row lies over `Vectors` vectors: the features, a one (without bias: left out), and in the last vector the target.
+template <class T, int Vectors>
+struct ExtendedRow {
+  static constexpr size_t w = lanes<T>;
+  size_t present[Vectors];  // features in each vector
+  Vector<T> ones[Vectors];  // 1 at the place of the bias
+  Lane<T> target_lane;
+
+  ExtendedRow(size_t in_features, bool has_bias) : target_lane((in_features + has_bias) % w) {
+    for (size_t v = 0; v < Vectors; ++v) {
+      present[v] = in_features < v * w ? 0 : in_features - v * w < w ? in_features - v * w : w;
+      ones[v] = zero<T>();
+    }
+    if (has_bias) ones[in_features / w][in_features % w] = T(1);
+  }
+
+  void read(const T* x, T target, Vector<T>* row) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) row[v] = load_first(x + v * w, present[v]) + ones[v];
+    row[Vectors - 1] = target_lane.replaced(row[Vectors - 1], target);
+  }
+};
+
+template <class T, int Vectors, bool Indexed>
+size_t linear_run_of(const LinearRun<T>& run) {
+  constexpr int w = (int)lanes<T>;
+  constexpr int chains = w < 4 ? 2 : 4;  // of additions to the gradient: latency (4) over their number hides behind the loads
+  const ExtendedRow<T, Vectors> extended(run.in_features, run.has_bias);
+  const size_t parameters = run.in_features + (run.has_bias ? 1 : 0);
+
+  const SgdOptions<T>& options = run.options;
+  Vector<T> theta[Vectors], buffer[Vectors], decay[Vectors], lr[Vectors];
+  for (int v = 0; v < Vectors; ++v) {
+    theta[v] = buffer[v] = decay[v] = lr[v] = zero<T>();
+    for (int l = 0; l < w; ++l) {
+      const size_t place = (size_t)(v * w + l);
+      if (place == parameters) theta[v][l] = T(-1);  // takes the target off
+      if (place >= parameters) continue;             // lanes without a parameter never move
+      theta[v][l] = run.parameters[place];
+      if (run.momentum) buffer[v][l] = run.momentum[place];
+      decay[v][l] = options.weight_decay;
+      lr[v][l] = -options.lr;
+    }
+  }
+  const Vector<T> momentum = broadcast(options.momentum), fresh = broadcast(T(1) - options.dampening);
+  bool first_step = run.first_step;
+
+  size_t steps = 0;
+  for (size_t begin = 0; begin < run.rows; begin += run.batch_size) {
+    const size_t rows = run.rows - begin < run.batch_size ? run.rows - begin : run.batch_size;
+    Vector<T> gradient[chains][Vectors], loss = zero<T>();
+    for (int c = 0; c < chains; ++c)
+      for (int v = 0; v < Vectors; ++v) gradient[c][v] = zero<T>();
+
+    const auto group = [&](size_t first, size_t present, auto whole) {
+      Vector<T> row[w][Vectors];
+#pragma GCC unroll 16
+      for (int l = 0; l < w; ++l) {
+        if (whole.value || (size_t)l < present) {
+          const size_t number = Indexed ? run.index[first + l] : first + l;
+          extended.read(run.x + number * run.x_stride, run.target[number], row[l]);
+        } else {
+          for (int v = 0; v < Vectors; ++v) row[l][v] = zero<T>();
+        }
+      }
+      const Vector<T> residual = sum_each<0, w>([&](int l) {
+        Vector<T> products = row[l][0] * theta[0];
+#pragma GCC unroll 4
+        for (int v = 1; v < Vectors; ++v) products = fma(row[l][v], theta[v], products);
+        return products;
+      });
+      loss += SquaredError::term(residual);
+      T factor[w] __attribute__((aligned(lane_bytes)));
+      store(factor, residual);
+      keep_in_memory(factor);  // a broadcast from memory costs nothing beside the multiply-add; from a register it is a permutation
+#pragma GCC unroll 16
+      for (int l = 0; l < w; ++l)
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) gradient[l % chains][v] = fma(broadcast(factor[l]), row[l][v], gradient[l % chains][v]);
+    };
+    size_t r = 0;
+    for (; r + w <= rows; r += w) group(begin + r, (size_t)w, Constant<true>{});
+    if (r < rows) group(begin + r, rows - r, Constant<false>{});
+
+    if (run.prefetch)
+      for (size_t l = begin + 2 * rows; l < begin + 3 * rows && l < run.rows; ++l) {
+        const size_t number = Indexed ? run.index[l] : l;
+        for (int v = 0; v < Vectors; ++v) __builtin_prefetch(run.x + number * run.x_stride + v * w);
+        __builtin_prefetch(run.target + number);
+      }
+
+    const T sum = sum_lanes<T>(loss);
+    if (!(sum - sum == T(0))) break;  // NaN or infinite: this step is not made
+    *run.loss += (double)sum;
+    const T scale = (options.maximize ? T(-2) : T(2)) * (run.mean ? T(1.0 / (double)rows) : T(1));
+    const Vector<T> scales = broadcast(scale);
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      Vector<T> total = zero<T>();
+#pragma GCC unroll 4
+      for (int c = 0; c < chains; c += 2) total += gradient[c][v] + gradient[c + 1][v];
+      Vector<T> d = fma(decay[v], theta[v], scales * total);
+      if (run.momentum) {
+        buffer[v] = first_step ? d : fma(momentum, buffer[v], fresh * d);
+        d = options.nesterov ? fma(momentum, buffer[v], d) : buffer[v];
+      }
+      theta[v] = fma(lr[v], d, theta[v]);
+    }
+    first_step = false;
+    ++steps;
+  }
+  for (size_t place = 0; place < parameters; ++place) {
+    run.parameters[place] = theta[place / w][place % w];
+    if (run.momentum) run.momentum[place] = buffer[place / w][place % w];
+  }
+  return steps;
+}
+
+template <class T, int Vectors = 1>
+size_t linear_run(const LinearRun<T>& run) {
+  if constexpr (Vectors < most_run_vectors)
+    if (run.in_features + run.has_bias >= Vectors * lanes<T>) return linear_run<T, Vectors + 1>(run);
+  return run.index ? linear_run_of<T, Vectors, true>(run) : linear_run_of<T, Vectors, false>(run);
+}
+
+}  // namespace
+}  // namespace gdlib
