@@ -17,6 +17,8 @@ constexpr KernelTable<T> make_table() {
   table.squared_error_sum = squared_error_sum<T>;
   table.squared_error_terms = squared_error_terms<T>;
   table.squared_error_gradient = squared_error_gradient<T>;
+  table.activation_forward = activation_forward<T>;
+  table.activation_backward = activation_backward<T>;
   table.sgd_update = sgd_update<T>;
   table.all_finite = all_finite<T>;
   table.average = average<T>;

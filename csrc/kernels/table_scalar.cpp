@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "simd.h"
 // The bodies, in the order in which they use each other.
+#include "activations.inl"
 #include "gemm_tile.inl"
 #include "losses.inl"
 #include "linear.inl"
