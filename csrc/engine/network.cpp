@@ -119,6 +119,8 @@ class Pass {
         if (!works_in_place(network_, i))
           for (std::size_t r = 0; r < rows_; ++r)
             std::copy_n(input(i) + r * input_stride(i), layer.out_features, y + r * layer.out_features);
+        // Infinity would come out of the first layer as a number.
+        if (finite && i == 0 && !table<T>().all_finite(rows_ * layer.out_features, y)) return false;
         in_tasks(layer.out_features, [&](std::size_t begin, std::size_t rows, std::size_t) {
           table<T>().activation_forward(layer.activation, rows, layer.out_features, y + begin * layer.out_features, layer.out_features);
         });

@@ -88,7 +88,7 @@ def test_same_seed_and_workers_give_the_same_bits_and_those_of_the_maths():
     start = gdlib.Linear(6, 2, seed=1)
     order, shards = averaging.global_order(8, 2002), averaging.shards(2002, 3)
     ranges = gdlib.SGD(start.parameters(), 0.01, momentum=0.5).update_ranges(start._arena)
-    task = averaging.Round(14, True, True, ranges, 32, averaging.steps_per_round(668, 32), True)
+    task = averaging.Round(14, start.architecture(), True, ranges, 32, averaging.steps_per_round(668, 32), True)
     states = np.zeros((4, task.state_size), np.float32)
     states[0, :14] = start._arena.data
     for number, seed in enumerate([8, 2, 6]):
