@@ -208,12 +208,14 @@ class Sequential(Model):
     """
 
     def __init__(self, *layers: Module) -> None:
+        seen: set[int] = set()
         for i, layer in enumerate(layers):
             if not isinstance(layer, (Linear, Activation, Sequential)):
                 hint = "; pass them one by one, Sequential(*layers)" if isinstance(layer, (list, tuple, Mapping)) else ""
                 raise TypeError(f"layer {i} is a {type(layer).__name__}; a Linear, ReLU, Tanh, Sigmoid or Sequential is wanted{hint}.")
-            if layer._composed or any(layer is other for other in layers[:i]):
+            if layer._composed or id(layer) in seen:
                 raise ValueError(f"layer {i}, {layer!r}, already has a place in a Sequential; make a new one, and copy its state_dict().")
+            seen.add(id(layer))
         self._layers = layers
         places = self._leaves()
         linear = [(place, leaf) for place, leaf in places if isinstance(leaf, Linear)]

@@ -140,6 +140,8 @@ def test_wrong_size(name, argument):
     for axis in range(right.ndim):
         if (argument, axis) == ("sources", 0):
             continue  # any number of sources may be averaged
+        if (name, argument, axis) == ("network_forward", "x", 0):
+            continue  # any number of rows has outputs
         more = np.concatenate([right, right.take([0], axis)], axis)
         less = right.take(range(right.shape[axis] - 1), axis)
         for wrong in (more, less):
