@@ -193,6 +193,10 @@ class Sigmoid(Activation):
     kind = "sigmoid"
 
 
+def _in_a_line(layer: Module) -> str:
+    return " ".join(repr(layer).split())
+
+
 class Sequential(Model):
     """y = f_n(... f_2(f_1(x))): layers one after the other.
 
@@ -214,7 +218,9 @@ class Sequential(Model):
                 hint = "; pass them one by one, Sequential(*layers)" if isinstance(layer, (list, tuple, Mapping)) else ""
                 raise TypeError(f"layer {i} is a {type(layer).__name__}; a Linear, ReLU, Tanh, Sigmoid or Sequential is wanted{hint}.")
             if layer._composed or id(layer) in seen:
-                raise ValueError(f"layer {i}, {layer!r}, already has a place in a Sequential; make a new one, and copy its state_dict().")
+                raise ValueError(
+                    f"layer {i}, {_in_a_line(layer)}, already has a place in a Sequential; make a new one, and copy its state_dict()."
+                )
             seen.add(id(layer))
         self._layers = layers
         places = self._leaves()
