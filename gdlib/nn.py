@@ -239,13 +239,17 @@ class Sequential(Model):
                     "is wanted."
                 )
         self.in_features, self.out_features, self.dtype = linear[0][1].in_features, linear[-1][1].out_features, linear[0][1].dtype
-        self._flat_layers = [leaf for _, leaf in places]
+        self._flat_layers = [leaf for _, leaf in places if isinstance(leaf, (Linear, Activation))]
+        # An activation works in place on a Linear's output, which has no other reader, and on a gradient that this model has made.
+        after_linear = [False, *(isinstance(leaf, Linear) for leaf in self._flat_layers[:-1])]
+        self._steps = [(leaf, after and isinstance(leaf, Activation)) for leaf, after in zip(self._flat_layers, after_linear, strict=True)]
+        self._steps_back = [(leaf, i > 0 and isinstance(leaf, Activation)) for i, leaf in enumerate(reversed(self._flat_layers))]
         features = self.in_features
         self._architecture: list[LayerTuple] = []
         for leaf in self._flat_layers:
             if isinstance(leaf, Activation):
                 self._architecture.append((leaf.kind, features, features, False))
-            elif isinstance(leaf, Linear):
+            else:
                 self._architecture += leaf.architecture()
                 features = leaf.out_features
         self._place(Arena(sum(parameter.data.size for parameter in self.parameters()), self.dtype), 0)
@@ -276,16 +280,11 @@ class Sequential(Model):
 
     def __call__(self, x: Any) -> npt.NDArray[Any]:
         """The output, [..., out_features]; every layer remembers what its `backward` needs."""
-        before: Module | None = None
         y: npt.NDArray[Any] = x
-        for layer in self._flat_layers:
-            if isinstance(layer, Linear):
-                y = layer(y)
-            elif isinstance(layer, Activation):
-                if before is None:  # infinity would come out of it as a number
-                    y = self._as_input(x)
-                y = layer(y, y if isinstance(before, Linear) else None)  # a Linear does not need its output again
-            before = layer
+        if isinstance(self._flat_layers[0], Activation):  # infinity would come out of it as a number
+            y = self._as_input(x)
+        for layer, in_place in self._steps:
+            y = layer(y, y if in_place else None)
         return y
 
     forward = __call__
@@ -316,13 +315,8 @@ class Sequential(Model):
         Raises RuntimeError before the first call of the model, ValueError for a gradient of another shape.
         """
         g: npt.NDArray[Any] = gradient
-        own = False
-        for layer in reversed(self._flat_layers):
-            if isinstance(layer, Linear):
-                g = layer.backward(g)
-            elif isinstance(layer, Activation):
-                g = layer.backward(g, g if own else None)  # the caller's array is left alone
-            own = True
+        for layer, in_place in self._steps_back:
+            g = layer.backward(g, g if in_place else None)
         return g
 
     def __len__(self) -> int:

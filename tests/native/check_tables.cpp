@@ -251,6 +251,8 @@ void check_network(std::size_t rows, std::size_t in, std::size_t out) {
     below[i] -= 1e-5;
     good = good && std::abs(gradient[i] - (error(above) - error(below)) / 2e-5) <= tolerance + 1e-6 * static_cast<double>(rows);
   }
+  const gdlib::NetworkScratch<T> large(network, std::size_t{1} << 40, true, gdlib::Need::gradient);
+  good = good && large.arena.size() * sizeof(T) <= std::size_t{64} << 20;
   expect(good, "network " + std::to_string(rows) + " x " + std::to_string(in) + " x " + std::to_string(out));
 }
 
