@@ -1,4 +1,4 @@
-"""gdlib: train and serve linear models on a CPU, with native kernels and no autograd."""
+"""gdlib: train and serve linear models and small networks on a CPU, with native kernels and no autograd."""
 
 from importlib import import_module
 from typing import Any
@@ -7,8 +7,9 @@ from gdlib.config import set_num_threads, show_config
 from gdlib.data import DataLoader
 from gdlib.errors import DivergenceError
 from gdlib.losses import MSELoss
-from gdlib.nn import Linear, Parameter
+from gdlib.nn import Linear, ReLU, Sequential, Sigmoid, Tanh
 from gdlib.optim import GD, SGD
+from gdlib.parameters import Parameter
 from gdlib.serialization import load, save
 from gdlib.training import History, fit
 
@@ -23,6 +24,10 @@ __all__ = [
     "Linear",
     "MSELoss",
     "Parameter",
+    "ReLU",
+    "Sequential",
+    "Sigmoid",
+    "Tanh",
     "fit",
     "load",
     "save",

@@ -8,6 +8,8 @@ import numpy.typing
 import typing
 
 __all__: list[str] = [
+    "activation_backward",
+    "activation_forward",
     "all_finite",
     "available_isas",
     "average",
@@ -18,6 +20,7 @@ __all__: list[str] = [
     "isa",
     "linear_backward",
     "linear_forward",
+    "network_forward",
     "num_threads",
     "openmp_enabled",
     "select_isa",
@@ -31,6 +34,20 @@ __all__: list[str] = [
     "take_rows",
     "train",
 ]
+
+def activation_backward(
+    kind: str, y: numpy.typing.NDArray[typing.Any], g: numpy.typing.NDArray[typing.Any], out: numpy.typing.NDArray[typing.Any] | None = None
+) -> numpy.typing.NDArray[typing.Any]:
+    """
+    g times the activation's derivative where its output is y; out may be g.
+    """
+
+def activation_forward(
+    kind: str, x: numpy.typing.NDArray[typing.Any], out: numpy.typing.NDArray[typing.Any] | None = None
+) -> numpy.typing.NDArray[typing.Any]:
+    """
+    relu, tanh or sigmoid of every element; out may be x.
+    """
 
 def all_finite(x: numpy.typing.NDArray[typing.Any]) -> bool:
     """
@@ -98,6 +115,17 @@ def linear_forward(
     y[rows, out] = x weight^T + bias, into `out` when one is given.
     """
 
+def network_forward(
+    layers: collections.abc.Sequence[
+        tuple[str, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bool]
+    ],
+    x: numpy.typing.NDArray[typing.Any],
+    parameters: numpy.typing.NDArray[typing.Any],
+) -> numpy.typing.NDArray[typing.Any]:
+    """
+    The outputs of layers (kind, in_features, out_features, has_bias), one after the other.
+    """
+
 def num_threads() -> int:
     """
     Threads that a call may use.
@@ -145,10 +173,12 @@ def squared_error(
     x: numpy.typing.NDArray[typing.Any],
     target: numpy.typing.NDArray[typing.Any],
     parameters: numpy.typing.NDArray[typing.Any],
-    has_bias: bool,
+    layers: collections.abc.Sequence[
+        tuple[str, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bool]
+    ],
 ) -> float:
     """
-    The sum of squared errors of a linear model over all rows.
+    The sum of squared errors of a model over all rows.
     """
 
 def squared_error_gradient(
@@ -185,7 +215,9 @@ def train(
     target: numpy.typing.NDArray[typing.Any],
     parameters: numpy.typing.NDArray[typing.Any],
     momentum: numpy.typing.NDArray[typing.Any] | None,
-    has_bias: bool,
+    layers: collections.abc.Sequence[
+        tuple[str, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bool]
+    ],
     ranges: collections.abc.Sequence[
         tuple[
             typing.SupportsInt | typing.SupportsIndex,

@@ -1,106 +1,24 @@
-"""Layers with explicit gradients, under PyTorch's names. Every parameter of a model is a view into one flat vector (its arena)."""
+"""Layers with explicit gradients, and networks of them, under PyTorch's names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from gdlib import _core, validation
-from gdlib.errors import DivergenceError
+from gdlib.modules import FLOATS, LayerTuple, Model, Module, flat_out
+from gdlib.parameters import Arena, Parameter
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
 _LARGEST_BYTES = 2**47  # what a process can address
-LINE_BYTES = 64  # vector loads of a whole cache line never straddle two
 
 
-def aligned_zeros(size: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """A flat vector of zeros that starts on a cache line."""
-    raw = np.zeros(size * dtype.itemsize + LINE_BYTES, np.uint8)
-    start = -raw.ctypes.data % LINE_BYTES
-    return raw[start : start + size * dtype.itemsize].view(dtype)
-
-
-class Arena:
-    """One contiguous vector of parameters and one of their gradients: an update, an average or a save is one call over it."""
-
-    __slots__ = ("data", "grad")
-
-    def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
-        self.data = aligned_zeros(size, dtype)
-        self.grad = aligned_zeros(size, dtype)
-
-    def __getstate__(self) -> Any:
-        return self.data, self.grad
-
-    def __setstate__(self, state: Any) -> None:
-        self.__init__(state[0].size, state[0].dtype)  # type: ignore[misc]  # a copy is aligned too
-        self.data[:], self.grad[:] = state
-
-
-class Parameter:
-    """Learnable numbers: `.data` and `.grad` are NumPy arrays that the engine reads and writes in place; `.name` is their key.
-
-    Assigning to `.data` or `.grad` copies the values in; a shape that differs, or a number that does not fit the dtype, is a ValueError.
-    A copy or a pickle of several parameters, of a model, or of a model with its optimizer, keeps them tied to one arena.
-    """
-
-    __slots__ = ("_data", "_grad", "arena", "begin", "end", "name")
-
-    def __init__(self, arena: Arena, begin: int, shape: tuple[int, ...], name: str) -> None:
-        self.arena = arena
-        self.begin = begin
-        self.end = begin + int(np.prod(shape))
-        self.name = name
-        self._data = arena.data[begin : self.end].reshape(shape)
-        self._grad = arena.grad[begin : self.end].reshape(shape)
-
-    @property
-    def data(self) -> npt.NDArray[Any]:
-        return self._data
-
-    @data.setter
-    def data(self, value: npt.ArrayLike) -> None:
-        self._assign(self._data, value)
-
-    @property
-    def grad(self) -> npt.NDArray[Any]:
-        return self._grad
-
-    @grad.setter
-    def grad(self, value: npt.ArrayLike) -> None:
-        self._assign(self._grad, value)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._data.shape
-
-    def _assign(self, into: npt.NDArray[Any], value: npt.ArrayLike) -> None:
-        if value is into:  # `parameter.grad += g` assigns the array that it has changed in place
-            return
-        array = validation.as_array(value, self.name)
-        if array.shape != into.shape:
-            raise ValueError(f"{self.name} has shape {into.shape}; an array of shape {array.shape} does not fit.")
-        into[...] = self.converted(array)
-
-    def converted(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """`array` in this parameter's dtype. Raises ValueError for a finite number that the dtype does not hold."""
-        values = validation.as_dtype(array, self._data.dtype)
-        if values is not array and (np.isinf(values) & np.isfinite(array)).any():
-            raise ValueError(f"{self.name} would hold a number that does not fit {values.dtype}; scale it, or use a float64 model.")
-        return values
-
-    def __reduce__(self) -> Any:
-        return Parameter, (self.arena, self.begin, self.shape, self.name)
-
-    def __repr__(self) -> str:
-        return f"Parameter({self.name!r}, shape={self.shape}, dtype={self._data.dtype})"
-
-
-class Linear:
+class Linear(Model):
     """y = x W^T + b.
 
     x is [..., in_features], y [..., out_features], `weight` W [out_features, in_features], `bias` b [out_features] (None without).
@@ -120,7 +38,7 @@ class Linear:
         self.in_features = validation.as_count(in_features, "in_features")
         self.out_features = validation.as_count(out_features, "out_features")
         self.dtype = np.dtype(dtype)
-        if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+        if self.dtype not in FLOATS:
             raise TypeError(f"dtype is {self.dtype}; float32 or float64 is wanted.")
         weights = self.in_features * self.out_features
         if weights * self.dtype.itemsize > _LARGEST_BYTES:
@@ -131,13 +49,21 @@ class Linear:
         seed = validation.fresh_seed() if seed is None else validation.as_seed(seed)
         _core.fill_uniform(seed, 1.0 / np.sqrt(self.in_features), self._arena.data)
         self._input: npt.NDArray[Any] | None = None
-        self.feature_names: list[str] | None = None
-        self.target_names: list[str] | None = None
-        self.training_summary: dict[str, Any] | None = None  # of the fit that these parameters come from; saved with the model
 
-    def parameters(self) -> list[Parameter]:
+    def named_parameters(self) -> list[tuple[str, Parameter]]:
         """The weight, and the bias where there is one."""
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+        return [("weight", self.weight)] if self.bias is None else [("weight", self.weight), ("bias", self.bias)]
+
+    def architecture(self) -> list[LayerTuple]:
+        """The layer as (kind, in_features, out_features, bias)."""
+        return [("linear", self.in_features, self.out_features, self.bias is not None)]
+
+    def _adopt(self, arena: Arena, begin: int) -> None:
+        super()._adopt(arena, begin)
+        for parameter in self.parameters():
+            parameter.move(arena, begin)
+            begin = parameter.end
+        self._arena = arena
 
     def __call__(self, x: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """The layer's output; x is remembered, not copied where it fits, for `backward`. `out` receives the result if given."""
@@ -151,16 +77,6 @@ class Linear:
 
     forward = __call__
 
-    def _flat_out(self, out: Any, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
-        """`out` as a matrix. Raises ValueError when it is not what a result of this shape can be written to."""
-        if out is None:
-            return None
-        fits = isinstance(out, np.ndarray) and out.shape == shape and out.dtype == self.dtype
-        if not fits or not (out.flags.c_contiguous and out.flags.writeable):
-            raise ValueError(f"out does not fit; a C-contiguous {self.dtype} array of shape {shape} is wanted.")
-        flat: npt.NDArray[Any] = out.reshape(-1, shape[-1])
-        return flat
-
     def predict(self, x: Any) -> npt.NDArray[Any]:
         """The layer's output, [..., out_features]; nothing is remembered, so that threads may share the model."""
         bias = self.bias
@@ -173,14 +89,11 @@ class Linear:
         """The same for what the engine does not take as it is: convert it, or say why it cannot be."""
         rows = validation.as_rows(x, self.in_features, self.dtype, "x")
         shape = (*validation.as_array(x, "x").shape[:-1], self.out_features)
-        out = self._flat_out(out, shape)
+        out = flat_out(out, shape, self.dtype)
         try:
             y = _core.linear_forward(rows, self.weight._data, None if self.bias is None else self.bias._data, out)
         except FloatingPointError:
-            validation.require_finite(x, rows, "x")
-            if not np.isfinite(self._arena.data).all():
-                raise DivergenceError("the weights hold NaN or infinity: training has diverged; start again with a smaller lr.") from None
-            raise DivergenceError(f"the output does not fit {self.dtype}: the weights have grown too large; use a smaller lr.") from None
+            raise self._not_finite(x, rows) from None
         return rows, y.reshape(shape)
 
     def backward(self, gradient: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
@@ -202,36 +115,221 @@ class Linear:
                 ) from None
             flat = np.ascontiguousarray(validation.as_dtype(array, self.dtype)).reshape(-1, self.out_features)
             shape = (*array.shape[:-1], self.in_features)
-            result = _core.linear_backward(flat, x, self.weight._data, self.weight._grad, bias, self._flat_out(out, shape))
+            result = _core.linear_backward(flat, x, self.weight._data, self.weight._grad, bias, flat_out(out, shape, self.dtype))
             return result.reshape(*array.shape[:-1], self.in_features)
-
-    def zero_grad(self) -> None:
-        """Set every gradient to zero."""
-        self._arena.grad.fill(0)
-
-    def state_dict(self) -> dict[str, npt.NDArray[Any]]:
-        """Copies of the parameters by name: `weight`, `bias`."""
-        return {parameter.name: parameter.data.copy() for parameter in self.parameters()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy the parameters in, all or none; anything that NumPy can view. Raises KeyError for missing and unexpected names."""
-        if not isinstance(state, Mapping):
-            raise TypeError(f"the state dict is a {type(state).__name__}; a dict of arrays by name is wanted, as state_dict() returns it.")
-        parameters = {parameter.name: parameter for parameter in self.parameters()}
-        missing, unexpected = (sorted(map(str, names)) for names in (parameters.keys() - state.keys(), state.keys() - parameters.keys()))
-        if missing or unexpected:
-            raise KeyError(f"the state dict does not fit this model: missing {missing}, unexpected {unexpected}.")
-        arrays = {name: validation.as_array(state[name], name) for name in parameters}
-        for name, parameter in parameters.items():
-            if arrays[name].shape != parameter.shape:
-                raise ValueError(f"{name} has shape {arrays[name].shape} in the state dict; {parameter.shape} is wanted.")
-            arrays[name] = parameter.converted(arrays[name])
-        for name, parameter in parameters.items():
-            parameter.data = arrays[name]
-        self.training_summary = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_input": None}
 
     def __repr__(self) -> str:
         return f"Linear(in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, dtype={self.dtype})"
+
+
+class Activation(Module):
+    """An elementwise function of arrays of any shape, float32 or float64 (others become float32); NaN stays NaN."""
+
+    kind: ClassVar[str]  # the engine's name
+
+    def __init__(self) -> None:
+        self._output: npt.NDArray[Any] | None = None
+
+    def __call__(self, x: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """The function of every element; remembered for `backward`. `out` receives the result if given, and may be x."""
+        try:
+            y = _core.activation_forward(self.kind, x, out)
+        except (TypeError, ValueError):
+            array = validation.as_array(x, "x")
+            array = np.ascontiguousarray(array if array.dtype in FLOATS else validation.as_dtype(array, FLOATS[0]))
+            flat_out(out, array.shape, array.dtype)
+            y = _core.activation_forward(self.kind, array, out)
+        self._output = y
+        return y
+
+    forward = __call__
+
+    def predict(self, x: Any, /) -> npt.NDArray[Any]:
+        """The function of every element; nothing is remembered, so that threads may share the layer."""
+        return type(self)()(x)
+
+    def backward(self, gradient: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """The gradient of x for the gradient of the last output, of its shape. `out` receives it if given, and may be the gradient.
+
+        Raises RuntimeError before the first call.
+        """
+        y = self._output
+        if y is None:
+            raise RuntimeError("backward has no output to work with; call the layer on a batch first.")
+        try:
+            return _core.activation_backward(self.kind, y, gradient, out)
+        except (TypeError, ValueError):
+            array = validation.as_array(gradient, "the gradient")
+            if array.shape != y.shape:
+                raise ValueError(f"the gradient has shape {array.shape}; that of the last output, {y.shape}, is wanted.") from None
+            flat_out(out, y.shape, y.dtype)
+            return _core.activation_backward(self.kind, y, np.ascontiguousarray(validation.as_dtype(array, y.dtype)), out)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_output": None}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class ReLU(Activation):
+    """max(0, x), with the gradient 0 at 0. Follows torch.nn.ReLU."""
+
+    kind = "relu"
+
+
+class Tanh(Activation):
+    """tanh x = (e^x - e^-x) / (e^x + e^-x), to 3 units of the last place. Follows torch.nn.Tanh."""
+
+    kind = "tanh"
+
+
+class Sigmoid(Activation):
+    """1 / (1 + e^-x), to 3 units of the last place. Follows torch.nn.Sigmoid."""
+
+    kind = "sigmoid"
+
+
+def _in_a_line(layer: Module) -> str:
+    return " ".join(repr(layer).split())
+
+
+class Sequential(Model):
+    """y = f_n(... f_2(f_1(x))): layers one after the other.
+
+    `Sequential(Linear(13, 64), ReLU(), Linear(64, 1))` takes x [..., 13] to y [..., 1]. `len(model)`, `model[0]` and iteration give the
+    layers; a Sequential may be a layer of another. Keys of the state dict are PyTorch's: `0.weight`, `0.bias`, `2.weight`, ... A row's
+    output has the same bits in any batch and for any number of threads.
+
+    The parameters of all layers move into one arena; the layers' Parameter objects stay the same. Hence a layer has one place: build
+    optimizers after the Sequential, and new layers for another one. Gradients are explicit, as for `Linear`. Follows torch.nn.Sequential.
+
+    Raises TypeError for what is no layer; ValueError without a Linear, for sizes that do not chain, dtypes that differ, and a layer that
+    has a place already.
+    """
+
+    def __init__(self, *layers: Module) -> None:
+        seen: set[int] = set()
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, (Linear, Activation, Sequential)):
+                hint = "; pass them one by one, Sequential(*layers)" if isinstance(layer, (list, tuple, Mapping)) else ""
+                raise TypeError(f"layer {i} is a {type(layer).__name__}; a Linear, ReLU, Tanh, Sigmoid or Sequential is wanted{hint}.")
+            if layer._composed or id(layer) in seen:
+                raise ValueError(
+                    f"layer {i}, {_in_a_line(layer)}, already has a place in a Sequential; make a new one, and copy its state_dict()."
+                )
+            seen.add(id(layer))
+        self._layers = layers
+        places = self._leaves()
+        linear = [(place, leaf) for place, leaf in places if isinstance(leaf, Linear)]
+        if not linear:
+            raise ValueError("a Sequential without a Linear has nothing to learn and no sizes; give it at least one Linear.")
+        for (place, before), (next_place, after) in pairwise(linear):
+            if before.out_features != after.in_features:
+                raise ValueError(
+                    f"layer {place}, {before!r}, gives {before.out_features} features and layer {next_place}, {after!r}, takes "
+                    f"{after.in_features}; equal numbers are wanted."
+                )
+            if before.dtype != after.dtype:
+                raise ValueError(
+                    f"layer {place}, {before!r}, computes in {before.dtype} and layer {next_place}, {after!r}, in {after.dtype}; one dtype "
+                    "is wanted."
+                )
+        self.in_features, self.out_features, self.dtype = linear[0][1].in_features, linear[-1][1].out_features, linear[0][1].dtype
+        self._flat_layers = [leaf for _, leaf in places if isinstance(leaf, (Linear, Activation))]
+        # An activation works in place on a Linear's output, which has no other reader, and on a gradient that this model has made.
+        after_linear = [False, *(isinstance(leaf, Linear) for leaf in self._flat_layers[:-1])]
+        self._steps = [(leaf, after and isinstance(leaf, Activation)) for leaf, after in zip(self._flat_layers, after_linear, strict=True)]
+        self._steps_back = [(leaf, i > 0 and isinstance(leaf, Activation)) for i, leaf in enumerate(reversed(self._flat_layers))]
+        features = self.in_features
+        self._architecture: list[LayerTuple] = []
+        for leaf in self._flat_layers:
+            if isinstance(leaf, Activation):
+                self._architecture.append((leaf.kind, features, features, False))
+            else:
+                self._architecture += leaf.architecture()
+                features = leaf.out_features
+        self._place(Arena(sum(parameter.data.size for parameter in self.parameters()), self.dtype), 0)
+        for name, parameter in self.named_parameters():
+            parameter.name = name
+
+    def _place(self, arena: Arena, begin: int) -> None:
+        self._arena, self._begin = arena, begin
+        for layer in self._layers:
+            layer._adopt(arena, begin)
+            begin += sum(parameter.data.size for parameter in layer.parameters())
+        self._end = begin
+
+    def _adopt(self, arena: Arena, begin: int) -> None:
+        super()._adopt(arena, begin)
+        self._place(arena, begin)
+
+    def _leaves(self) -> list[tuple[str, Module]]:
+        return [(f"{i}.{place}" if place else str(i), leaf) for i, layer in enumerate(self._layers) for place, leaf in layer._leaves()]
+
+    def named_parameters(self) -> list[tuple[str, Parameter]]:
+        """Every layer's parameters, their names behind the layer's number: `0.weight`."""
+        return [(f"{i}.{name}", parameter) for i, layer in enumerate(self._layers) for name, parameter in layer.named_parameters()]
+
+    def architecture(self) -> list[LayerTuple]:
+        """The layers as (kind, in_features, out_features, bias), those of a Sequential inside in its place."""
+        return list(self._architecture)
+
+    def __call__(self, x: Any) -> npt.NDArray[Any]:
+        """The output, [..., out_features]; every layer remembers what its `backward` needs."""
+        y: npt.NDArray[Any] = x
+        if isinstance(self._flat_layers[0], Activation):  # infinity would come out of it as a number
+            y = self._as_input(x)
+        for layer, in_place in self._steps:
+            y = layer(y, y if in_place else None)
+        return y
+
+    forward = __call__
+
+    def _as_input(self, x: Any) -> npt.NDArray[Any]:
+        """x as finite numbers of this dtype, in its shape."""
+        rows = validation.as_rows(x, self.in_features, self.dtype, "x")
+        validation.require_finite(x, rows, "x")
+        return np.ascontiguousarray(rows).reshape(*validation.as_array(x, "x").shape[:-1], self.in_features)
+
+    def predict(self, x: Any, /) -> npt.NDArray[Any]:
+        """The output, [..., out_features], in one native call; nothing is remembered, so that threads may share the model."""
+        parameters = self._arena.data[self._begin : self._end]
+        try:
+            return _core.network_forward(self._architecture, x, parameters)
+        except (TypeError, ValueError, FloatingPointError):
+            rows = validation.as_rows(x, self.in_features, self.dtype, "x")
+            try:
+                y = _core.network_forward(self._architecture, rows, parameters)
+            except FloatingPointError:
+                raise self._not_finite(x, rows) from None
+            shaped: npt.NDArray[Any] = y.reshape(*validation.as_array(x, "x").shape[:-1], self.out_features)
+            return shaped
+
+    def backward(self, gradient: Any) -> npt.NDArray[Any]:
+        """Add to every `.grad` and return the gradient of x, [..., in_features], for the gradient of the last output.
+
+        Raises RuntimeError before the first call of the model, ValueError for a gradient of another shape.
+        """
+        g: npt.NDArray[Any] = gradient
+        for layer, in_place in self._steps_back:
+            g = layer.backward(g, g if in_place else None)
+        return g
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self._layers)
+
+    def __getitem__(self, index: int) -> Module:
+        if isinstance(index, slice):
+            raise TypeError("a slice of a Sequential would share its layers, which have one place each; take them one by one, as model[0].")
+        return self._layers[index]
+
+    def __repr__(self) -> str:
+        lines = (f"  ({i}): " + repr(layer).replace("\n", "\n  ") for i, layer in enumerate(self._layers))
+        return "Sequential(\n" + "\n".join(lines) + "\n)"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gdlib import _core, validation
-from gdlib.nn import Arena, Parameter, aligned_zeros
+from gdlib.parameters import Arena, Parameter, aligned_zeros
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -61,7 +61,7 @@ class SGD:
     options; `param_groups` may be changed between steps.
 
     Raises ValueError for lr <= 0, negative or non-finite options, nesterov without momentum or with dampening, no parameters, or one
-    given twice; TypeError for what is no number.
+    given twice; TypeError for what is no number; RuntimeError when it is used after its parameters have moved into a Sequential.
     """
 
     def __init__(
@@ -109,6 +109,11 @@ class SGD:
     def _check_lr(self, lr: Any) -> None:
         validation.as_number(lr, "lr", positive=True)
 
+    def _refuse_vacated(self) -> None:
+        raise RuntimeError(
+            "the parameters have moved into a Sequential since this optimizer was built; build one from that model.parameters()."
+        )
+
     def _check(self, group: Mapping[str, Any]) -> None:
         self._check_lr(group["lr"])
         for name in ("momentum", "dampening", "weight_decay"):
@@ -116,9 +121,15 @@ class SGD:
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("nesterov wants a momentum above 0 and no dampening.")
 
+    def _require_parameters(self) -> None:
+        if any(run.arena.vacated for _, run in self._flat):
+            self._refuse_vacated()
+
     def zero_grad(self) -> None:
         """Set the gradient of every parameter to zero."""
         for _, run in self._flat:
+            if run.arena.vacated:
+                self._refuse_vacated()
             run.grad.fill(0)
 
     def step(self) -> None:
@@ -127,6 +138,8 @@ class SGD:
             momentum, lr = group["momentum"], group["lr"]
             if not 0 < lr < _INFINITY or momentum < 0:
                 self._check(group)
+            if run.arena.vacated:
+                self._refuse_vacated()
             if momentum and run.buffer is None:
                 run.buffer = aligned_zeros(run.end - run.begin, run.data.dtype)
             _core.sgd_update(
@@ -146,6 +159,7 @@ class SGD:
 
     def update_ranges(self, arena: Arena) -> list[UpdateRange]:
         """What the engine needs to update this arena. Raises ValueError when a parameter lies in another one."""
+        self._require_parameters()
         ranges: list[UpdateRange] = []
         for group, runs in zip(self.param_groups, self._runs, strict=True):
             self._check(group)
@@ -186,6 +200,7 @@ class SGD:
 
     def state_dict(self) -> dict[str, Any]:
         """`state` (momentum buffers by parameter number) and `param_groups` (options and parameter numbers), as in PyTorch."""
+        self._require_parameters()
         state: dict[int, dict[str, npt.NDArray[Any]]] = {}
         packed: list[dict[str, Any]] = []
         number = 0
@@ -205,6 +220,7 @@ class SGD:
         """Take over options and momentum. Raises ValueError when groups, their sizes or a buffer's shape differ; then nothing changes."""
         if not isinstance(state_dict, Mapping) or not {"param_groups", "state"} <= state_dict.keys():
             raise ValueError("the state is no dict with 'param_groups' and 'state'; pass what state_dict() returned.")
+        self._require_parameters()
         groups, state = state_dict["param_groups"], state_dict["state"]
         sizes = [len(group["params"]) for group in self.param_groups]
         if [len(group["params"]) for group in groups] != sizes:

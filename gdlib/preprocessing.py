@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+import copy
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
 from gdlib import validation
+from gdlib.modules import Model
 from gdlib.nn import Linear
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+_Model = TypeVar("_Model", bound=Model)
 
 
 class StandardScaler:
@@ -51,15 +55,23 @@ class StandardScaler:
         validation.require_finite(array, array, "X")
         return np.asarray((array - self.mean_) / self.scale_)
 
-    def fold_into(self, model: Linear) -> Linear:
-        """A model of raw x that answers as `model` does of z: W' = W / scale, b' = b - W' mean. Raises ValueError without a bias."""
+    def fold_into(self, model: _Model) -> _Model:
+        """A model of raw x that answers as `model` does of z: in its first layer W' = W / scale, b' = b - W' mean.
+
+        Raises ValueError without a bias there, and for a Sequential whose first layer is not a Linear.
+        """
         self._require_fitted()
-        if model.bias is None:
+        folded = copy.deepcopy(model)
+        first = folded._leaves()[0][1]
+        if not isinstance(first, Linear):
+            raise ValueError(f"the first layer of the model is a {type(first).__name__}, without weights to scale; a Linear is wanted.")
+        if first.bias is None:
             raise ValueError("the model has no bias to take up the means; use Linear(..., bias=True).")
         if model.in_features != len(self.mean_):
             raise ValueError(f"the model has {model.in_features} features and the scaler {len(self.mean_)}; equal numbers are wanted.")
-        folded = Linear(model.in_features, model.out_features, dtype=model.dtype, seed=0)
-        weight = model.weight.data / self.scale_
-        folded.load_state_dict({"weight": weight, "bias": model.bias.data - weight @ self.mean_})
-        folded.feature_names, folded.target_names, folded.training_summary = model.feature_names, model.target_names, model.training_summary
+        weight = first.weight.data / self.scale_
+        state = {"weight": weight, "bias": first.bias.data - weight @ self.mean_}
+        first.load_state_dict(state)
+        folded.zero_grad()
+        folded.training_summary = model.training_summary
         return folded

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gdlib import validation
-from gdlib.nn import Linear
+from gdlib.modules import Model, Module
+from gdlib.nn import Linear, ReLU, Sequential, Sigmoid, Tanh
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 FORMAT = "gdlib"
 FORMAT_VERSION = "1"
+_ACTIVATIONS = {layer.__name__: layer for layer in (ReLU, Tanh, Sigmoid)}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -40,7 +42,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def save(
-    model: Linear,
+    model: Model,
     path: str | os.PathLike[str],
     *,
     feature_names: Sequence[str] | None = None,
@@ -56,20 +58,14 @@ def save(
 
     from safetensors.numpy import save as to_bytes
 
-    if not isinstance(model, Linear):
-        raise TypeError(f"the model is a {type(model).__name__}; a gdlib.Linear is wanted.")
+    if not isinstance(model, Model):
+        raise TypeError(f"the model is a {type(model).__name__}; a gdlib.Linear or gdlib.Sequential is wanted.")
     state = model.state_dict()
     for name, values in state.items():
         validation.require_finite(values, values, name)
     features = validation.as_names(feature_names if feature_names is not None else model.feature_names, model.in_features, "feature_names")
     targets = validation.as_names(target_names if target_names is not None else model.target_names, model.out_features, "target_names")
-    architecture = {
-        "type": "Linear",
-        "in_features": model.in_features,
-        "out_features": model.out_features,
-        "bias": model.bias is not None,
-        "dtype": model.dtype.name,
-    }
+    architecture = _describe(model) | {"dtype": model.dtype.name}
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -83,7 +79,7 @@ def save(
     write_atomically(path, to_bytes(state, metadata=metadata))
 
 
-def load(path: str | os.PathLike[str]) -> Linear:
+def load(path: str | os.PathLike[str]) -> Model:
     """Read a model that `save` wrote, names and training summary included.
 
     Raises FileNotFoundError, and ValueError for a file that is truncated, is no safetensors file, was not written by gdlib, or does not
@@ -104,7 +100,7 @@ def load(path: str | os.PathLike[str]) -> Linear:
         metadata: dict[str, str] = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise ValueError(
-                f"{path} was not written by gdlib; load its tensors with the safetensors package and pass them to Linear.load_state_dict."
+                f"{path} was not written by gdlib; load its tensors with the safetensors package and pass them to load_state_dict."
             )
         if metadata.get("format_version") != FORMAT_VERSION:
             raise ValueError(
@@ -118,27 +114,61 @@ def load(path: str | os.PathLike[str]) -> Linear:
             raise ValueError(f"{path} does not hold the model that its header describes ({reason}); save the model again.") from None
 
 
-def _build(metadata: dict[str, str], file: Any) -> Linear:
+def _describe(module: Module) -> dict[str, Any]:
+    """The architecture of a layer or a network of them, as it stands in a file."""
+    description: dict[str, Any] = {"type": type(module).__name__}
+    if isinstance(module, Linear):
+        description |= {"in_features": module.in_features, "out_features": module.out_features, "bias": module.bias is not None}
+    elif isinstance(module, Sequential):
+        description["layers"] = [_describe(layer) for layer in module]
+    return description
+
+
+def _shapes(described: dict[str, Any], prefix: str = "") -> dict[str, list[int]]:
+    """The tensors of a description by name, and their shapes."""
+    if described["type"] == "Sequential":
+        shapes: dict[str, list[int]] = {}
+        for i, layer in enumerate(described["layers"]):
+            shapes |= _shapes(layer, f"{prefix}{i}.")
+        return shapes
+    if described["type"] in _ACTIVATIONS:
+        return {}
+    if described["type"] != "Linear":
+        raise ValueError(f"unknown layer {described['type']!r}")
+    inputs, outputs = (validation.as_count(described[name], name) for name in ("in_features", "out_features"))
+    return {f"{prefix}weight": [outputs, inputs]} | ({f"{prefix}bias": [outputs]} if described["bias"] else {})
+
+
+def _create(described: dict[str, Any], dtype: str) -> Module:
+    """The module of a description whose shapes are known to be those of the file."""
+    if described["type"] == "Sequential":
+        return Sequential(*(_create(layer, dtype) for layer in described["layers"]))
+    if described["type"] in _ACTIVATIONS:
+        return _ACTIVATIONS[described["type"]]()
+    return Linear(described["in_features"], described["out_features"], bool(described["bias"]), dtype=dtype, seed=0)
+
+
+def _build(metadata: dict[str, str], file: Any) -> Model:
     """The model that the metadata describes. Sizes are compared with what the file holds before memory is taken for them."""
     import json
 
     described = json.loads(metadata["architecture"])
-    if described["type"] != "Linear":
-        raise ValueError(f"unknown layer {described['type']!r}")
-    inputs, outputs = (validation.as_count(described[name], name) for name in ("in_features", "out_features"))
+    shapes = _shapes(described)
     stored = {"float32": "F32", "float64": "F64"}[described["dtype"]]
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
     held = {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
-    wanted = {"weight": (stored, [outputs, inputs])} | ({"bias": (stored, [outputs])} if described["bias"] else {})
+    wanted = {name: (stored, shape) for name, shape in shapes.items()}
     if held != wanted:
         raise ValueError(f"it holds {held} where {wanted} belong")
-    model = Linear(inputs, outputs, bool(described["bias"]), dtype=described["dtype"], seed=0)
+    model = _create(described, described["dtype"])
+    if not isinstance(model, Model):
+        raise ValueError(f"it is a lone {described['type']}")
     state = {name: file.get_tensor(name) for name in wanted}
     for name, values in state.items():
         validation.require_finite(values, values, name)
     model.load_state_dict(state)
-    model.feature_names = validation.as_names(json.loads(metadata["feature_names"]), inputs, "feature_names")
-    model.target_names = validation.as_names(json.loads(metadata["target_names"]), outputs, "target_names")
+    model.feature_names = validation.as_names(json.loads(metadata["feature_names"]), model.in_features, "feature_names")
+    model.target_names = validation.as_names(json.loads(metadata["target_names"]), model.out_features, "target_names")
     training = json.loads(metadata["training"])
     if training is not None and not isinstance(training, dict):
         raise ValueError("its training summary is no object")

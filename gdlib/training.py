@@ -11,6 +11,7 @@ import numpy as np
 from gdlib import _core, validation
 from gdlib.errors import DivergenceError
 from gdlib.losses import MSELoss
+from gdlib.modules import Model
 from gdlib.nn import Linear
 from gdlib.optim import GD, SGD, UpdateRange
 
@@ -76,11 +77,13 @@ def _curvature(model: Linear, X: npt.NDArray[Any], loss: MSELoss) -> float:
     return _core.hessian_eigenvalue(X, model.bias is not None) / scale
 
 
-def auto_lr(model: Linear, X: Any, loss: MSELoss) -> float:
+def auto_lr(model: Model, X: Any, loss: MSELoss) -> float:
     """1 / L, L being the largest eigenvalue of the Hessian of the loss over all rows of X: the step that `GD(..., lr="auto")` takes.
 
-    Raises ValueError for wrong shapes, NaN or infinity in X, and an X of zeros without a bias.
+    Raises ValueError for wrong shapes, NaN or infinity in X, an X of zeros without a bias, and a Sequential.
     """
+    if not isinstance(model, Linear):
+        raise ValueError("lr='auto' goes by the curvature of a Linear, and a network's changes as it learns; give a number, such as 0.01.")
     rows = validation.as_training_rows(X, model.in_features, model.dtype)
     curvature = _curvature(model, rows, loss)
     if not np.isfinite(curvature):
@@ -92,7 +95,7 @@ def auto_lr(model: Linear, X: Any, loss: MSELoss) -> float:
 
 
 def _stable_lr(
-    model: Linear, X: npt.NDArray[Any], loss: MSELoss, batch_size: int, full_batch: bool, ranges: list[UpdateRange]
+    model: Model, X: npt.NDArray[Any], loss: MSELoss, batch_size: int, full_batch: bool, ranges: list[UpdateRange]
 ) -> float | None:
     """An estimate of the largest stable lr, from a sample of rows in float64; None where there is none.
 
@@ -100,8 +103,8 @@ def _stable_lr(
     ball; Polyak 1964), with nesterov 2 (1 + momentum) / ((1 + 2 momentum) h). Batches of B rows: the mean square of the error shrinks
     while lr < 2 / (L (1 - 1/B) + 2 s / B + weight_decay), s = E|x|^4 / E|x|^2, and momentum multiplies the step by 1 / (1 - momentum).
     """
-    if any(r[7] for r in ranges):
-        return None  # an ascent has no stable lr
+    if not isinstance(model, Linear) or any(r[7] for r in ranges):
+        return None  # a network has no constant curvature, and an ascent no stable lr
     with np.errstate(all="ignore"):
         sample = np.ascontiguousarray(X[:: -(-len(X) // SAMPLE_ROWS)], dtype=np.float64)
         curvature = _curvature(Linear(model.in_features, 1, model.bias is not None, dtype=np.float64, seed=0), sample, MSELoss())
@@ -136,7 +139,7 @@ class Run:
 
     def __init__(
         self,
-        model: Linear,
+        model: Model,
         X: Any,
         y: Any,
         loss: MSELoss,
@@ -146,8 +149,10 @@ class Run:
         shuffle: bool,
         seed: int | Sequence[int] | None,
     ) -> None:
-        if not isinstance(model, Linear):
-            raise TypeError(f"the model is a {type(model).__name__}; a gdlib.Linear is wanted.")
+        if not isinstance(model, Model):
+            raise TypeError(f"the model is a {type(model).__name__}; a gdlib.Linear or gdlib.Sequential is wanted.")
+        if model._composed:
+            raise ValueError("the model is a part of a Sequential, with which it shares its parameters; train the whole of it.")
         if not isinstance(loss, MSELoss):
             raise TypeError(f"the loss is a {type(loss).__name__}; a gdlib.MSELoss is wanted.")
         if not isinstance(optimizer, SGD):
@@ -176,7 +181,7 @@ class Run:
         self.steps_per_epoch = -(-self.rows // self.batch_size)
         self.steps = self.epochs * self.steps_per_epoch
         self.losses = np.zeros(self.epochs)
-        self.arena = model._arena
+        self.arena, self.layers = model._arena, model.architecture()
         self.start = self.arena.data.copy()
         if not np.isfinite(self.start).all():
             raise ValueError("the model's parameters hold NaN or infinity; start from a fresh model.")
@@ -203,7 +208,7 @@ class Run:
                 self.y,
                 self.arena.data,
                 self.momentum,
-                self.model.bias is not None,
+                self.layers,
                 ranges,
                 self.batch_size,
                 self.seeds,
@@ -233,7 +238,7 @@ class Run:
 
     def _error(self, X: npt.NDArray[Any], y: npt.NDArray[Any], parameters: npt.NDArray[Any]) -> float:
         """Mean squared error of these parameters."""
-        return _core.squared_error(X, y, parameters, self.model.bias is not None) / y.size
+        return _core.squared_error(X, y, parameters, self.layers) / y.size
 
     def loss_limit(self) -> float:
         """The mean squared error of an epoch that `check_explosion` has to look at; 0: none, for an ascent."""
@@ -322,6 +327,8 @@ class Run:
         stable = _stable_lr(self.model, self.X, self.loss, self.batch_size, self.batch_size >= self.rows, self.ranges)
         if any(r[7] for r in self.ranges):
             advice = "with maximize it climbs without end; leave maximize out"
+        elif not isinstance(self.model, Linear):
+            advice = "use a smaller lr, or standardise X and y"
         elif stable is None or stable >= lr:  # then it is not the lr alone
             advice = "standardise X and y, or use a float64 model and a smaller lr"
         else:
@@ -342,7 +349,7 @@ def progress_bar(run: Run) -> Any:
 
 
 def fit(
-    model: Linear,
+    model: Model,
     X: Any,
     y: Any,
     *,
@@ -359,6 +366,9 @@ def fit(
     X is [rows, in_features], y [rows, out_features] or, for one output, [rows]: anything that NumPy can view, `__dlpack__` objects and
     memory maps; nothing is copied where dtype and layout fit. With SGD a step takes `batch_size` rows (32 when None); with GD all rows,
     in order, in one pass over X. The same run as the readable loop over `DataLoader(X, y, batch_size, shuffle, seed)`, to rounding.
+
+    A step of a Sequential goes over its rows in passes of up to 4096, fewer where layers are wide: what the engine keeps of them stays
+    near 64 MiB for any batch.
 
     `seed` fixes the order of the rows: one number gives every epoch that order, a sequence gives each epoch its own, None draws a fresh
     one for each. Same seed, same machine: the same bits for any number of threads. (One order for all epochs converges at the rate of

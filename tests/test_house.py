@@ -26,14 +26,16 @@ PYTHON = {
     "config": {"_core", "validation"},
     "validation": set(),
     "datasets": set(),
-    "nn": BASE | {"validation"},
+    "parameters": {"validation"},
+    "modules": {"errors", "validation", "parameters"},
+    "nn": BASE | {"validation", "parameters", "modules"},
     "losses": BASE | {"validation"},
     "data": BASE | {"validation"},
-    "optim": BASE | {"validation", "nn"},
-    "preprocessing": {"validation", "nn"},
-    "serialization": {"validation", "nn"},
-    "training": BASE | {"validation", "nn", "losses", "optim", "data"},
-    "distributed": BASE | {"config", "validation", "nn", "losses", "optim", "data", "training"},
+    "optim": BASE | {"validation", "parameters"},
+    "preprocessing": {"validation", "modules", "nn"},
+    "serialization": {"validation", "modules", "nn"},
+    "training": BASE | {"validation", "modules", "nn", "losses", "optim", "data"},
+    "distributed": BASE | {"config", "validation", "parameters", "modules", "losses", "optim", "data", "training"},
     "serve": {"serialization"},
     "quickstart": {
         "config",
@@ -48,7 +50,7 @@ PYTHON = {
     },
     "__main__": {"cli"},
     "cli": {"quickstart", "serve", "distributed", "", "config"},
-    "": {"config", "data", "errors", "losses", "nn", "optim", "serialization", "training"},
+    "": {"config", "data", "errors", "losses", "nn", "optim", "parameters", "serialization", "training"},
 }
 SERVE = {"": {"app", "server"}, "protocol": set(), "repository": set(), "app": {"repository", "protocol"}, "server": {"app"}}
 

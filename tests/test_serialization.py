@@ -82,6 +82,15 @@ def header_with(**changes):
     return {key: value for key, value in (metadata | changes).items() if value is not None}
 
 
+LINEAR = {"type": "Linear", "in_features": 2, "out_features": 1, "bias": True}
+OTHER = {"type": "Linear", "in_features": 3, "out_features": 1, "bias": False}
+
+
+def network_of(*layers):
+    return json.dumps({"type": "Sequential", "layers": layers, "dtype": "float32"})
+
+
+IN_NETWORK = {"0.weight": np.zeros((1, 2), np.float32), "0.bias": np.zeros(1, np.float32)}
 GOOD = {"weight": np.zeros((1, 2), np.float32), "bias": np.zeros(1, np.float32)}
 
 
@@ -97,6 +106,16 @@ GOOD = {"weight": np.zeros((1, 2), np.float32), "bias": np.zeros(1, np.float32)}
         (GOOD, header_with(architecture='{"type": "Conv"}'), "unknown layer 'Conv'"),
         (GOOD, header_with(feature_names='["a"]'), "feature_names"),
         (GOOD, header_with(training="[]"), "training summary"),
+        (GOOD, header_with(architecture='{"type": "ReLU", "dtype": "float32"}'), "belong"),
+        ({}, header_with(architecture='{"type": "ReLU", "dtype": "float32"}'), "lone ReLU"),
+        ({}, header_with(architecture='{"type": "Sequential", "layers": [], "dtype": "float32"}'), "without a Linear"),
+        (GOOD, header_with(architecture='{"type": "Sequential", "layers": "ab", "dtype": "float32"}'), "does not hold"),
+        (GOOD, header_with(architecture='{"type": "Sequential", "layers": [{"type": ["ReLU"]}], "dtype": "float32"}'), "does not hold"),
+        (GOOD, header_with(architecture=network_of(LINEAR, {"type": "GELU"})), "unknown layer 'GELU'"),
+        (GOOD, header_with(architecture=network_of(LINEAR)), r"0\.weight"),
+        (IN_NETWORK, header_with(architecture=network_of(LINEAR | {"in_features": 2**40, "out_features": 2**40})), "belong"),
+        (IN_NETWORK, header_with(architecture=network_of(*[{"type": "Tanh"}] * 2, LINEAR)), r"2\.weight"),
+        (IN_NETWORK | {"1.weight": np.zeros((1, 3), np.float32)}, header_with(architecture=network_of(LINEAR, OTHER)), "gives 1 features"),
         ({"weight": GOOD["weight"]}, header_with(), "bias"),
         (GOOD | {"extra": GOOD["bias"]}, header_with(), "extra"),
         (GOOD | {"weight": np.zeros((2, 1), np.float32)}, header_with(), "belong"),

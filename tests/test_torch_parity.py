@@ -1,4 +1,4 @@
-"""SGD with every option follows PyTorch's trajectory: the pinned one, and a live one where PyTorch is installed."""
+"""Linear and networks follow PyTorch's trajectory, with every option of SGD: the pinned one, and a live one where it is installed."""
 
 import json
 
@@ -102,6 +102,78 @@ def test_linear_forward_and_gradients_match_pytorch_live():
             (model.bias.grad, theirs.bias.grad),
         ]:
             np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-11, atol=1e-13)
+
+
+NETWORK_CASES = [(dtype, number) for dtype in RTOL for number in range(len(pins.NETWORKS))]
+NETWORK_IDS = [f"{dtype}-" + "-".join(map(str, pins.NETWORKS[number][0])) for dtype, number in NETWORK_CASES]
+
+
+@pytest.fixture(scope="module")
+def pinned_networks():
+    return json.loads(pins.NETWORK_PINS.read_text())
+
+
+def start_network(dtype, number):
+    model = pins.build(gdlib, number, dtype=dtype)
+    model.load_state_dict(pins.network_state(number, dtype))
+    X, y = pins.data(dtype)[:2]
+    return model, gdlib.SGD(pins.groups(model, number), lr=1.0), X, y
+
+
+@pytest.mark.parametrize(("dtype", "number"), NETWORK_CASES, ids=NETWORK_IDS)
+def test_the_readable_loop_of_a_network_follows_pytorch(pinned_networks, dtype, number):
+    model, optimizer, X, y = start_network(dtype, number)
+    criterion, losses, wanted = gdlib.MSELoss(), [], pinned_networks[dtype][number]
+    for _ in range(pins.EPOCHS):
+        for x, target in gdlib.DataLoader(X, y, batch_size=pins.BATCH):
+            optimizer.zero_grad()
+            losses.append(criterion(model(x), target))
+            model.backward(criterion.backward())
+            optimizer.step()
+    close(losses, np.array(wanted["losses"]), RTOL[dtype])
+    assert list(model.state_dict()) == [key for key in wanted if key != "losses"]
+    for name, values in model.state_dict().items():
+        close(values, np.array(wanted[name]), RTOL[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "number"), NETWORK_CASES, ids=NETWORK_IDS)
+def test_fit_of_a_network_follows_pytorch(pinned_networks, dtype, number):
+    model, optimizer, X, y = start_network(dtype, number)
+    history = gdlib.fit(model, X, y, loss=gdlib.MSELoss(), optimizer=optimizer, epochs=pins.EPOCHS, batch_size=pins.BATCH, shuffle=False)
+    wanted = pinned_networks[dtype][number]
+    sizes = [min(pins.BATCH, pins.ROWS - begin) for begin in range(0, pins.ROWS, pins.BATCH)]
+    close(history.loss, np.array(wanted["losses"]).reshape(pins.EPOCHS, -1) @ sizes / pins.ROWS, RTOL[dtype])
+    for name, values in model.state_dict().items():
+        close(values, np.array(wanted[name]), RTOL[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "number"), NETWORK_CASES, ids=NETWORK_IDS)
+def test_the_network_pins_are_what_pytorch_computes(pinned_networks, dtype, number):
+    pytest.importorskip("torch")
+    live = pins.torch_network_run(dtype, number)
+    assert list(live) == list(pinned_networks[dtype][number])
+    for key, values in live.items():
+        close(values, np.array(pinned_networks[dtype][number][key]), RTOL[dtype])
+
+
+def test_the_pinned_networks_learn_and_use_every_parameter(pinned_networks):
+    for number, run in enumerate(pinned_networks["float64"]):
+        assert np.mean(run["losses"][-4:]) < 0.8 * np.mean(run["losses"][:4])
+        for name, values in pins.network_state(number, "float64").items():
+            assert (np.array(run[name]) != values).any(), name
+
+
+@pytest.mark.parametrize("kind", ["ReLU", "Tanh", "Sigmoid"])
+def test_activations_match_pytorch_live(kind):
+    torch = pytest.importorskip("torch")
+    x = np.concatenate([np.linspace(-30, 30, 1001), [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-300, -1e-300]])
+    g = np.cos(np.arange(x.size))
+    layer, theirs = getattr(gdlib, kind)(), torch.from_numpy(x.copy()).requires_grad_()
+    output = getattr(torch.nn, kind)()(theirs)
+    output.backward(torch.from_numpy(g))
+    # Their sigmoid of very negative numbers ends at 1 / inf; the absolute difference is below 1e-300.
+    np.testing.assert_allclose(layer(x), output.detach().numpy(), rtol=1e-15, atol=1e-300)
+    np.testing.assert_allclose(layer.backward(g), theirs.grad.numpy(), rtol=1e-13, atol=1e-15)
 
 
 def test_a_torch_tensor_is_taken_without_a_copy_and_a_gradient_is_refused():

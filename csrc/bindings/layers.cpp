@@ -1,4 +1,6 @@
 // The readable loop's calls: one layer, one loss, one update at a time.
+#include <algorithm>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -8,6 +10,7 @@
 
 #include "../dispatch/dispatch.h"
 #include "../engine/linear.h"
+#include "../engine/network.h"
 
 namespace gdlib::bindings {
 namespace {
@@ -97,6 +100,54 @@ Array backward(const Array& g, const Array& x, const Array& weight, const Array&
       const WithoutGil released;
       linear_backward<T>(rows.rows, layer.in_features, layer.out_features, output.data, rows.data, rows.stride, layer.weight,
                          weights.data, bias, input);
+    }
+    return result;
+  });
+}
+
+// `out`, or a new array, of `like`'s shape, for a result that may be written over `in_place`.
+template <class T>
+Array new_like(const OptionalArray& out, const Array& like, const Flat<const T>& in_place) {
+  if (out.is_none()) {
+    const py::array shape = as_array(like, "x");
+    return py::reinterpret_steal<Array>(
+        py::array_t<T>(std::vector<py::ssize_t>(shape.shape(), shape.shape() + shape.ndim())).release());
+  }
+  const Flat<T> flat = write_flat<T>(out, "out");
+  require_same_shape(out, like, "out");
+  if (flat.data != in_place.data) require_apart<T>(flat.data, flat.size, "out", in_place.data, in_place.size, "the input");
+  return py::reinterpret_borrow<Array>(out);
+}
+
+Array activate(const std::string& kind, const Array& x, const OptionalArray& out) {
+  return with_dtype(x, "x", [&](auto zero) -> Array {
+    using T = decltype(zero);
+    const Activation activation = activation_named(kind);
+    const Flat<const T> from = read_flat<T>(x, "x");
+    Array result = new_like<T>(out, x, from);
+    T* const y = write_flat<T>(result, "out").data;
+    {
+      const WithoutGil released;
+      if (y != from.data) std::copy_n(from.data, from.size, y);
+      table<T>().activation_forward(activation, 1, from.size, y, from.size);
+    }
+    return result;
+  });
+}
+
+Array activate_backward(const std::string& kind, const Array& y, const Array& g, const OptionalArray& out) {
+  return with_dtype(y, "y", [&](auto zero) -> Array {
+    using T = decltype(zero);
+    const Activation activation = activation_named(kind);
+    const Flat<const T> output = read_flat<T>(y, "y"), from = read_flat<T>(g, "the gradient");
+    require_same_shape(g, y, "the gradient");
+    Array result = new_like<T>(out, y, from);
+    T* const into = write_flat<T>(result, "out").data;
+    require_apart<T>(into, output.size, "out", output.data, output.size, "y");
+    {
+      const WithoutGil released;
+      if (into != from.data) std::copy_n(from.data, from.size, into);
+      table<T>().activation_backward(activation, 1, output.size, output.data, output.size, into, output.size);
     }
     return result;
   });
@@ -202,6 +253,10 @@ void define_layers(py::module_& m) {
         });
       },
       "scale * 2 (output - target).", py::arg("output"), py::arg("target"), py::arg("scale"));
+  m.def("activation_forward", activate, "relu, tanh or sigmoid of every element; out may be x.", py::arg("kind"), py::arg("x"),
+        py::arg("out") = py::none());
+  m.def("activation_backward", activate_backward, "g times the activation's derivative where its output is y; out may be g.",
+        py::arg("kind"), py::arg("y"), py::arg("g"), py::arg("out") = py::none());
   m.def("sgd_update", sgd_update, "PyTorch's SGD step on flat vectors, in place.", py::arg("parameter"), py::arg("gradient"),
         py::arg("momentum_buffer"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"),
         py::arg("nesterov"), py::arg("maximize"), py::arg("first_step"));

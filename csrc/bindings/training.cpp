@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include <pybind11/typing.h>
 
 #include "../engine/linear.h"
+#include "../engine/network.h"
 #include "../engine/random.h"
 #include "../engine/training.h"
 #include "arrays.h"
@@ -51,12 +53,27 @@ auto interruptible(Body body) {
   return interruptible(std::nullopt, nullptr, body);
 }
 
+// (kind, in_features, out_features, has_bias), kind being "linear" or an activation's name.
+using LayerTuple = std::tuple<std::string, std::size_t, std::size_t, bool>;
+using Layers = std::vector<LayerTuple>;
+
+// The network of these layers, from [.., in_features] to [.., out_features] with `parameters` parameters.
+Network as_network(const Layers& layers, std::size_t in_features, std::size_t out_features, std::size_t parameters) {
+  Network network;
+  for (const auto& [kind, in, out, has_bias] : layers) network.add(activation_named(kind), in, out, has_bias);
+  if (layers.empty()) throw py::value_error("there are no layers; at least one is wanted.");
+  require_size(in_features, network.in_features(), "a row of x");
+  require_size(out_features, network.out_features(), "a row of y");
+  require_size(parameters, network.parameters(), "the parameters");
+  return network;
+}
+
 // (begin, end, lr, momentum, dampening, weight_decay, nesterov, maximize, first_step)
 using RangeTuple = std::tuple<std::size_t, std::size_t, double, double, double, double, bool, bool, bool>;
 
 // Returns (stop, steps_done).
 std::tuple<const char*, std::uint64_t> train(const Array& x, const Array& target, const Array& parameters, const OptionalArray& momentum,
-                                                     bool has_bias, const std::vector<RangeTuple>& ranges, std::size_t batch_size,
+                                                     const Layers& layers, const std::vector<RangeTuple>& ranges, std::size_t batch_size,
                                                      const OptionalArray& epoch_seeds, std::uint64_t first_step, std::uint64_t last_step,
                                                      bool mean, double loss_limit, const Array& losses, const Progress& progress) {
   return with_dtype(x, "x", [&](auto zero) -> std::tuple<const char*, std::uint64_t> {
@@ -69,8 +86,7 @@ std::tuple<const char*, std::uint64_t> train(const Array& x, const Array& target
       throw py::value_error("x, y and batch_size do not fit together.");
 
     Round<T> round{};
-    round.shape = {rows.cols, y.size / rows.rows, has_bias};
-    require_size(p.size, round.shape.parameters(), "the parameters");
+    round.network = as_network(layers, rows.cols, y.size / rows.rows, p.size);
     round.x = rows.data;
     round.x_stride = rows.stride;
     round.target = y.data;
@@ -115,20 +131,39 @@ std::tuple<const char*, std::uint64_t> train(const Array& x, const Array& target
   });
 }
 
-double squared_error(const Array& x, const Array& target, const Array& parameters, bool has_bias) {
+double squared_error(const Array& x, const Array& target, const Array& parameters, const Layers& layers) {
   return with_dtype(x, "x", [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> rows = read_rows<T>(x, "x");
     const Flat<const T> y = read_flat<T>(target, "y"), p = read_flat<T>(parameters, "the parameters");
     if (rows.rows == 0 || y.size % rows.rows) throw py::value_error("x and y do not fit together.");
-    const LinearShape shape{rows.cols, y.size / rows.rows, has_bias};
-    require_size(p.size, shape.parameters(), "the parameters");
-    AlignedVector<T> gradient(p.size);
-    LinearScratch<T> scratch;
+    const Network network = as_network(layers, rows.cols, y.size / rows.rows, p.size);
+    NetworkScratch<T> scratch(network, rows.rows, false, Need::outputs);
     const Batch<T> batch{rows.data, rows.stride, y.data, nullptr, rows.rows, 0, true};
     return interruptible([&](Interrupt& interrupt) {
-      return linear_squared_error_gradient(shape, batch, p.data, gradient.data(), scratch, interrupt);
+      return network_squared_error(network, batch, p.data, scratch, interrupt);
     });
+  });
+}
+
+Array forward(const Layers& layers, const Array& x, const Array& parameters) {
+  return with_dtype(parameters, "the parameters", [&](auto zero) -> Array {
+    using T = decltype(zero);
+    const Rows<T> rows = read_rows<T>(x, "x");
+    const Flat<const T> p = read_flat<T>(parameters, "the parameters");
+    const std::size_t outputs = layers.empty() ? 0 : std::get<2>(layers.back());
+    const Network network = as_network(layers, rows.cols, outputs, p.size);
+    py::array_t<T> result({static_cast<py::ssize_t>(rows.rows), static_cast<py::ssize_t>(outputs)});
+    T* const y = result.mutable_data();
+    NetworkScratch<T> scratch(network, rows.rows, false, Need::outputs);
+    const bool finite = interruptible([&](Interrupt& interrupt) {
+      return network_forward(network, rows.rows, rows.data, rows.stride, p.data, y, scratch, interrupt);
+    });
+    if (!finite) {
+      PyErr_SetString(PyExc_FloatingPointError, "an output is not finite.");
+      throw py::error_already_set();
+    }
+    return py::reinterpret_steal<Array>(result.release());
   });
 }
 
@@ -197,11 +232,13 @@ void define_training(py::module_& m) {
   m.def("train", train,
         "Advances the parameters from first_step to last_step in one call; returns (stop, steps_done), where stop is 'finished', "
         "'non_finite' or 'above_limit'. progress(epochs done) is called now and then.",
-        py::arg("x"), py::arg("target"), py::arg("parameters"), py::arg("momentum"), py::arg("has_bias"), py::arg("ranges"),
+        py::arg("x"), py::arg("target"), py::arg("parameters"), py::arg("momentum"), py::arg("layers"), py::arg("ranges"),
         py::arg("batch_size"), py::arg("epoch_seeds"), py::arg("first_step"), py::arg("last_step"), py::arg("mean"),
         py::arg("loss_limit"), py::arg("losses"), py::arg("progress") = py::none());
-  m.def("squared_error", squared_error, "The sum of squared errors of a linear model over all rows.", py::arg("x"), py::arg("target"),
-        py::arg("parameters"), py::arg("has_bias"));
+  m.def("squared_error", squared_error, "The sum of squared errors of a model over all rows.", py::arg("x"), py::arg("target"),
+        py::arg("parameters"), py::arg("layers"));
+  m.def("network_forward", forward, "The outputs of layers (kind, in_features, out_features, has_bias), one after the other.",
+        py::arg("layers"), py::arg("x"), py::arg("parameters"));
   m.def("hessian_eigenvalue", hessian_eigenvalue, "The largest eigenvalue of 2 [x 1]^T [x 1] (without bias, 2 x^T x).", py::arg("x"),
         py::arg("has_bias"));
   m.def("shuffle_order", order_of, "The pseudo-random order of 0 ... rows - 1 that belongs to a seed.", py::arg("seed"), py::arg("rows"));

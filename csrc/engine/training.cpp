@@ -15,7 +15,7 @@ template <class T>
 class RowSource {
  public:
   explicit RowSource(const Round<T>& round)
-      : round_(round), prefetch_(round.rows * round.shape.in_features * sizeof(T) > half_of_l2) {}
+      : round_(round), prefetch_(round.rows * round.network.in_features() * sizeof(T) > half_of_l2) {}
 
   void begin_epoch(std::uint64_t epoch, Interrupt& interrupt) {
     if (!round_.epoch_seeds) return;
@@ -33,7 +33,7 @@ class RowSource {
       batch.index = order_.data() + begin;
     } else {
       batch.x += begin * round_.x_stride;
-      batch.target += begin * round_.shape.out_features;
+      batch.target += begin * round_.network.out_features();
     }
     return batch;
   }
@@ -61,14 +61,13 @@ void apply_update(Round<T>& round, T gradient_scale) {
 template <class T>
 RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::function<void(std::uint64_t)>& on_epoch) {
   const std::uint64_t steps_per_epoch = (round.rows + round.batch_size - 1) / round.batch_size;
-  const double outputs = static_cast<double>(round.shape.out_features);
-  // The clock is asked about every 100,000 multiply-adds (10 to 50 us), not at every step of a tiny model.
-  const std::size_t work_per_step = round.batch_size * round.shape.parameters();
-  constexpr std::size_t work_between_checks = 100'000;
-  std::size_t work = 0;
+  const double outputs = static_cast<double>(round.network.out_features());
+  const std::size_t parameters = round.network.parameters();
+  // A squared error shows at once that the weights of a linear model are infinite. An activation may hide it: tanh is 1 of infinity.
+  const bool check_each_step = !round.network.is_lone_linear();
 
   RowSource<T> source(round);
-  LinearScratch<T> scratch;
+  NetworkScratch<T> scratch(round.network, round.batch_size, round.epoch_seeds != nullptr, Need::gradient);
   RoundResult result{Stop::finished, round.first_step};
   std::uint64_t epoch = round.first_step / steps_per_epoch;
   std::uint64_t in_epoch = round.first_step % steps_per_epoch;
@@ -80,13 +79,8 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
     }
     for (; in_epoch < steps_per_epoch && result.steps_done < round.last_step; ++in_epoch) {
       const Batch<T> batch = source.batch(in_epoch);
-      const double loss = linear_squared_error_gradient(round.shape, batch, round.parameters, round.gradient, scratch, interrupt);
-      work += work_per_step;
-      if (work >= work_between_checks) {
-        work = 0;
-        interrupt.check();
-      }
-      if (interrupt.requested()) {
+      const double loss = network_squared_error_gradient(round.network, batch, round.parameters, round.gradient, scratch, interrupt);
+      if (interrupt.check_after(batch.rows * parameters)) {
         result.stop = Stop::interrupted;
         return result;
       }
@@ -98,9 +92,13 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
       apply_update(round, static_cast<T>(round.mean ? 1.0 / elements : 1.0));
       round.losses[epoch] += loss;
       ++result.steps_done;
+      if (check_each_step && !table<T>().all_finite(parameters, round.parameters)) {
+        result.stop = Stop::non_finite;
+        return result;
+      }
     }
     if (in_epoch < steps_per_epoch) break;  // the round ends inside an epoch
-    if (!table<T>().all_finite(round.shape.parameters(), round.parameters)) {
+    if (!table<T>().all_finite(parameters, round.parameters)) {
       result.stop = Stop::non_finite;
       return result;
     }

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../kernels/kernels.h"
-#include "linear.h"
+#include "network.h"
 #include "parallel.h"
 
 namespace gdlib {
@@ -24,7 +24,7 @@ struct UpdateRange {
 
 template <class T>
 struct Round {
-  LinearShape shape;
+  Network network;
   const T* x;
   std::size_t x_stride;
   const T* target;  // [rows, out_features]
@@ -36,7 +36,7 @@ struct Round {
   bool mean;                         // the loss is the mean over all elements of a batch, else the sum
   double loss_limit;                 // an epoch whose mean squared error exceeds it ends the round; 0: none
   std::vector<UpdateRange<T>> ranges;
-  T* parameters;  // [shape.parameters()], in place
+  T* parameters;  // [network.parameters()], in place
   T* gradient;    // the last step's gradient
   T* momentum;    // in place; null when no range has momentum
   double* losses; // [epochs], by epoch of the run: sum of squared errors of its steps so far

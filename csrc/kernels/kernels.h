@@ -87,6 +87,10 @@ struct GemmTile {
 constexpr size_t most_tile_rows = 8;
 constexpr size_t most_tile_vectors = 3;
 
+// What may follow a linear layer; none: nothing does.
+enum class Activation { none, relu, tanh, sigmoid };
+
+
 template <class T>
 struct KernelTable {
   // GEMM. c = start + a b on a tile of r rows and v vectors of columns (the last one whole or in part) by gemm_tile[r - 1][v - 1], for r up
@@ -126,6 +130,12 @@ struct KernelTable {
   double (*squared_error_sum)(size_t n, const T* output, const T* target);
   void (*squared_error_terms)(size_t n, const T* output, const T* target, T* terms);
   void (*squared_error_gradient)(size_t n, const T* output, const T* target, T scale, T* gradient);
+
+  // y[rows, cols] = the activation of y, in place; an element's bits depend on its value alone.
+  void (*activation_forward)(Activation kind, size_t rows, size_t cols, T* y, size_t stride);
+
+  // g[rows, cols] = g times the activation's derivative where its output is y[rows, cols], in place.
+  void (*activation_backward)(Activation kind, size_t rows, size_t cols, const T* y, size_t y_stride, T* g, size_t g_stride);
 
   // PyTorch's SGD step on n parameters, in place; the gradient is multiplied by gradient_scale first. momentum_buffer: null without
   // momentum; first_step: the buffer is set to the gradient instead of being decayed.

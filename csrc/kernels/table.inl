@@ -1,4 +1,14 @@
 // One ISA's table, made of every body above it. A tile is Rows x Vectors vectors, chosen for the registers that the ISA has.
+#include "kernels.h"
+#include "simd.h"
+// In the order in which they use each other.
+#include "activations.inl"
+#include "gemm.inl"
+#include "losses.inl"
+#include "linear.inl"
+#include "linear_run.inl"
+#include "shuffle.inl"
+#include "vectors.inl"
 
 namespace gdlib {
 namespace {
@@ -21,6 +31,8 @@ constexpr KernelTable<T> make_table() {
   table.squared_error_sum = squared_error_sum<T>;
   table.squared_error_terms = squared_error_terms<T>;
   table.squared_error_gradient = squared_error_gradient<T>;
+  table.activation_forward = activation_forward<T>;
+  table.activation_backward = activation_backward<T>;
   table.sgd_update = sgd_update<T>;
   table.all_finite = all_finite<T>;
   table.average = average<T>;

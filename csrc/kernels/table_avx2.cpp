@@ -2,13 +2,6 @@
 
 #include "kernels.h"
 #include "simd.h"
-// The bodies, in the order in which they use each other.
-#include "gemm.inl"
-#include "losses.inl"
-#include "linear.inl"
-#include "linear_run.inl"
-#include "shuffle.inl"
-#include "vectors.inl"
 #include "table.inl"
 
 namespace gdlib {

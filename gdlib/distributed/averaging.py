@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gdlib import _core, data
+from gdlib.modules import LayerTuple
 from gdlib.optim import UpdateRange
 
 
@@ -24,7 +25,7 @@ class Round:
     """What is the same for every worker and every round of a run."""
 
     parameters: int  # length of the arena
-    has_bias: bool
+    layers: list[LayerTuple]  # the model's architecture
     has_momentum: bool
     ranges: list[UpdateRange]
     batch_size: int
@@ -78,7 +79,7 @@ def local_round(
         y,
         state[: task.parameters],
         state[task.parameters :] if task.has_momentum else None,
-        task.has_bias,
+        task.layers,
         [(*r[:8], r[8] and number == 0) for r in task.ranges],  # after the first round every momentum has begun
         task.batch_size,
         None if seed is None else np.array([seed], np.uint64),

@@ -30,8 +30,9 @@ from gdlib import _core, validation
 from gdlib.config import set_num_threads
 from gdlib.distributed import averaging
 from gdlib.losses import MSELoss
-from gdlib.nn import LINE_BYTES, Linear
+from gdlib.modules import Model
 from gdlib.optim import GD, SGD
+from gdlib.parameters import LINE_BYTES
 from gdlib.training import History, Run, progress_bar
 
 _START = "at its start"
@@ -229,7 +230,7 @@ def _round(run: Run, workers: _Workers, states: npt.NDArray[Any], number: int) -
 
 
 def fit(
-    model: Linear,
+    model: Model,
     X: Any,
     y: Any,
     *,
@@ -265,7 +266,7 @@ def fit(
     shard_rows = averaging.shards(run.rows, workers)[0].stop
     task = averaging.Round(
         parameters=run.arena.data.size,
-        has_bias=model.bias is not None,
+        layers=model.architecture(),
         has_momentum=run.momentum is not None,
         ranges=run.ranges,
         batch_size=min(run.batch_size, shard_rows),

@@ -27,7 +27,7 @@ _RESERVED = {"stats"}  # the statistics extension owns /v2/models/stats
 
 
 class Model(Protocol):
-    """What serving needs of a model; `gdlib.Linear` is one."""
+    """What serving needs of a model; `gdlib.Linear` and `gdlib.Sequential` are such."""
 
     in_features: int
     out_features: int

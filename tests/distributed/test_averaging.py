@@ -91,7 +91,7 @@ def task_of(model, optimizer, rows, batch_size, mean=True):
     momentum = optimizer.momentum_buffer(model._arena)
     return averaging.Round(
         parameters=model._arena.data.size,
-        has_bias=model.bias is not None,
+        layers=model.architecture(),
         has_momentum=momentum is not None,
         ranges=optimizer.update_ranges(model._arena),
         batch_size=min(batch_size, rows),

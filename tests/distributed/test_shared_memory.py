@@ -77,6 +77,31 @@ def test_two_workers_nearly_reach_the_loss_of_one_process():
     assert again.loss[0] == pytest.approx(history.loss[-1], rel=0.05)
 
 
+def test_a_network_is_averaged_as_any_model():
+    X, y = problem(outputs=2)
+
+    def train(fit, **options):
+        model = gdlib.Sequential(gdlib.Linear(6, 8, seed=1), gdlib.Tanh(), gdlib.Linear(8, 2, seed=2))
+        optimizer = gdlib.SGD(model.parameters(), 0.05, momentum=0.5)
+        history = fit(model, X, y, loss=gdlib.MSELoss(), optimizer=optimizer, epochs=6, seed=5, **options)
+        return model, optimizer, history
+
+    model, optimizer, history = train(gdlib.distributed.fit)
+    twin, _, twin_history = train(gdlib.distributed.fit)
+    assert model._arena.data.tobytes() == twin._arena.data.tobytes()
+    assert history.loss == twin_history.loss
+    assert momentum_of(model, optimizer).any()
+    assert history.loss[-1] < 0.5 * history.loss[0]
+    assert model.training_summary["workers"] == 2
+    # One worker makes the steps of one process, on the rows in the order of the first seed.
+    order = averaging.global_order(5, len(X))
+    alone, _, reference = train(gdlib.distributed.fit, workers=1)
+    X, y = X[order], y[order]
+    same, _, same_history = train(gdlib.fit)
+    assert alone._arena.data.tobytes() == same._arena.data.tobytes()
+    assert reference.loss == same_history.loss
+
+
 def test_same_seed_and_workers_give_the_same_bits_and_those_of_the_maths():
     X, y = problem(rows=2002, outputs=2)  # shards of 668 share two rows
     model, optimizer, history = run(gdlib.distributed.fit, X, y, workers=3, seed=[8, 2, 6])
@@ -88,7 +113,7 @@ def test_same_seed_and_workers_give_the_same_bits_and_those_of_the_maths():
     start = gdlib.Linear(6, 2, seed=1)
     order, shards = averaging.global_order(8, 2002), averaging.shards(2002, 3)
     ranges = gdlib.SGD(start.parameters(), 0.01, momentum=0.5).update_ranges(start._arena)
-    task = averaging.Round(14, True, True, ranges, 32, averaging.steps_per_round(668, 32), True)
+    task = averaging.Round(14, start.architecture(), True, ranges, 32, averaging.steps_per_round(668, 32), True)
     states = np.zeros((4, task.state_size), np.float32)
     states[0, :14] = start._arena.data
     for number, seed in enumerate([8, 2, 6]):

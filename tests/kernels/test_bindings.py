@@ -8,6 +8,7 @@ import pytest
 from gdlib import _core
 
 ROWS, IN, OUT = 6, 4, 3
+LAYERS = [("linear", IN, OUT, True)]
 
 
 def arrays():
@@ -35,7 +36,7 @@ def arrays():
 
 def train(a, **changes):
     arguments = {
-        "has_bias": True,
+        "layers": LAYERS,
         "ranges": [(0, OUT * (IN + 1), 0.1, 0.9, 0.0, 0.0, False, False, True)],
         "batch_size": 4,
         "first_step": 0,
@@ -63,10 +64,17 @@ CALLS = {
         ["vector", "buffer"],
         lambda a: _core.sgd_update(a["vector"], a["gradient"], a["buffer"], 0.1, 0.9, 0.0, 0.0, False, False, True),
     ),
+    "activation_forward": (["gradient"], ["vector"], lambda a: _core.activation_forward("tanh", a["gradient"], a["vector"])),
+    "activation_backward": (
+        ["gradient", "buffer"],
+        ["vector"],
+        lambda a: _core.activation_backward("tanh", a["gradient"], a["buffer"], a["vector"]),
+    ),
+    "network_forward": (["x", "parameters"], [], lambda a: _core.network_forward(LAYERS, a["x"], a["parameters"])),
     "all_finite": (["vector"], [], lambda a: _core.all_finite(a["vector"])),
     "average": (["sources"], ["vector"], lambda a: _core.average(a["sources"], a["vector"])),
     "train": (["x", "target", "epoch_seeds"], ["parameters", "momentum", "losses"], train),
-    "squared_error": (["x", "target", "parameters"], [], lambda a: _core.squared_error(a["x"], a["target"], a["parameters"], True)),
+    "squared_error": (["x", "target", "parameters"], [], lambda a: _core.squared_error(a["x"], a["target"], a["parameters"], LAYERS)),
     "hessian_eigenvalue": (["x"], [], lambda a: _core.hessian_eigenvalue(a["x"], True)),
     "fill_uniform": ([], ["vector"], lambda a: _core.fill_uniform(0, 1.0, a["vector"])),
 }
@@ -132,6 +140,8 @@ def test_wrong_size(name, argument):
     for axis in range(right.ndim):
         if (argument, axis) == ("sources", 0):
             continue  # any number of sources may be averaged
+        if (name, argument, axis) == ("network_forward", "x", 0):
+            continue  # any number of rows has outputs
         more = np.concatenate([right, right.take([0], axis)], axis)
         less = right.take(range(right.shape[axis] - 1), axis)
         for wrong in (more, less):
@@ -184,7 +194,13 @@ def test_references_are_given_back(name):
         {"last_step": 5},  # two epochs have four steps
         {"ranges": [(0, 16, 0.1, 0.0, 0.0, 0.0, False, False, True)]},
         {"ranges": [(3, 2, 0.1, 0.0, 0.0, 0.0, False, False, True)]},
-        {"has_bias": False},
+        {"layers": [("linear", IN, OUT, False)]},
+        {"layers": []},
+        {"layers": [("conv", IN, OUT, True)]},
+        {"layers": [("linear", IN, OUT, True), ("relu", OUT, IN, False)]},
+        {"layers": [("linear", IN, 2, True), ("linear", OUT, OUT, True)]},
+        {"layers": [("linear", IN, 0, True)]},
+        {"layers": [("linear", 2**40, 2**40, True)]},
     ],
     ids=str,
 )

@@ -20,7 +20,21 @@ MOST_OUTPUTS = 5
 def descend(x, target, parameters, has_bias, epoch_seeds, losses):
     """One step over all rows."""
     ranges = [(0, parameters.size, *PLAIN)]
-    return _core.train(x, target, parameters, None, has_bias, ranges, x.shape[0], epoch_seeds, 0, 1, False, 0.0, losses)
+    return _core.train(
+        x,
+        target,
+        parameters,
+        None,
+        [("linear", x.shape[1], target.shape[1], has_bias)],
+        ranges,
+        x.shape[0],
+        epoch_seeds,
+        0,
+        1,
+        False,
+        0.0,
+        losses,
+    )
 
 
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
@@ -49,7 +63,7 @@ def test_small_sizes(isa, dtype, has_bias):
                     targets[n, out],
                     after[i],
                     None,
-                    has_bias,
+                    [("linear", width, out, has_bias)],
                     ranges,
                     n,
                     seeds if (n + width) % 2 else None,
@@ -112,5 +126,5 @@ def test_squared_error(isa, dtype, rows, has_bias):
     weight, bias = values(rng, (2, 300), dtype), values(rng, 2, dtype) if has_bias else np.zeros(0, dtype)
     parameters = poisoned(np.concatenate([weight.ravel(), bias]))
     wanted = oracle.linear_step(x, target, weight, bias if has_bias else None).loss
-    got = np.array([_core.squared_error(x, target, parameters, has_bias)])
+    got = np.array([_core.squared_error(x, target, parameters, [("linear", 300, 2, has_bias)])])
     oracle.assert_within(got, oracle.Interval(*(edge[-1, -1:] for edge in wanted)))

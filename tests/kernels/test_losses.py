@@ -95,6 +95,6 @@ def test_gradients_against_central_differences(isa, shape):
     start = np.concatenate([weight.ravel(), bias])
     after = start.copy()
     ranges = [(0, start.size, 1.0, 0.0, 0.0, 0.0, False, False, True)]
-    _core.train(x, target, after, None, True, ranges, rows, None, 0, 1, False, 0.0, np.zeros(1))
+    _core.train(x, target, after, None, [("linear", in_features, out_features, True)], ranges, rows, None, 0, 1, False, 0.0, np.zeros(1))
     wanted = np.concatenate([central_differences(weight).ravel(), central_differences(bias)])
     np.testing.assert_allclose(start - after, wanted, rtol=0, atol=tolerance, err_msg="fused step")

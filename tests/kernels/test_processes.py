@@ -82,7 +82,7 @@ FORK = """
     def compute():
         parameters, losses = np.zeros(301), np.zeros(2)
         ranges = [(0, 301, 0.01, 0.0, 0.0, 0.0, False, False, True)]
-        _core.train(x, target, parameters, None, True, ranges, 1024, None, 0, 2, True, 0.0, losses)
+        _core.train(x, target, parameters, None, [("linear", x.shape[1], 1, True)], ranges, 1024, None, 0, 2, True, 0.0, losses)
         gradient = np.zeros((64, 300))
         y = _core.linear_forward(x, weight, None)
         _core.linear_backward(y, x, weight, gradient, None, np.zeros_like(x))
@@ -150,7 +150,8 @@ from gdlib import _core
 def compute():
     x, losses = np.ones((20_000, 10), np.float32), np.zeros(10**6)
     ranges = [(0, 11, 1e-9, 0.0, 0.0, 0.0, False, False, True)]
-    _core.train(x, x[:, :1].copy(), np.zeros(11, np.float32), None, True, ranges, 32, None, 0, 625 * 10**6, True, 0.0, losses, print)
+    target, parameters, layers = x[:, :1].copy(), np.zeros(11, np.float32), [("linear", 10, 1, True)]
+    _core.train(x, target, parameters, None, layers, ranges, 32, None, 0, 625 * 10**6, True, 0.0, losses, print)
 
 threading.Thread(target=compute, daemon=True).start()
 threading.Thread(target=lambda: [np.ones(10) + 1 for _ in iter(int, 1)], daemon=True).start()

@@ -12,6 +12,7 @@ from tests import oracle
 from tests.kernels.guarded import Guarded, poisoned, values
 
 ROWS, FEATURES, OUTPUTS, EPOCHS = 103, 13, 2, 3
+LAYERS = [("linear", FEATURES, OUTPUTS, True)]
 WEIGHTS, PARAMETERS = OUTPUTS * FEATURES, OUTPUTS * (FEATURES + 1)
 PLAIN = {"lr": 0.02, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
 
@@ -88,7 +89,7 @@ def test_run_against_numpy(isa, dtype, run, mean, seeds, batch_size):
         target,
         parameters.array,
         momentum.array if uses_momentum else None,
-        True,
+        LAYERS,
         [range_tuple(begin, end, **options) for begin, end, options in ranges],
         batch_size,
         None if seeds is None else np.array(seeds, np.uint64),
@@ -125,7 +126,7 @@ def test_rounds_may_be_cut_anywhere(cuts, shuffled, threads):
         parameters, momentum, losses = start.copy(), np.full(PARAMETERS, 1e9, dtype), np.zeros(epochs)
         for begin, end in zip([0, *borders], [*borders, steps], strict=True):
             ranges = [range_tuple(*WHOLE, first_step=begin == 0, **options)]
-            result = _core.train(x, target, parameters, momentum, True, ranges, 10, seeds, begin, end, True, 0.0, losses)
+            result = _core.train(x, target, parameters, momentum, LAYERS, ranges, 10, seeds, begin, end, True, 0.0, losses)
             assert result == ("finished", end)
         return parameters.tobytes(), momentum.tobytes(), losses.tobytes()
 
@@ -139,7 +140,22 @@ def run_stopping(dtype, x, target, parameters, epochs=5, lr=0.02, loss_limit=0.0
     losses = np.zeros(epochs)
     steps = epochs * -(-x.shape[0] // batch_size)
     ranges = [(0, parameters.size, lr, 0.0, 0.0, 0.0, False, False, True)]
-    result = _core.train(x, target, parameters, None, True, ranges, batch_size, None, 0, steps, True, loss_limit, losses, progress)
+    result = _core.train(
+        x,
+        target,
+        parameters,
+        None,
+        [("linear", x.shape[1], target.shape[1], True)],
+        ranges,
+        batch_size,
+        None,
+        0,
+        steps,
+        True,
+        loss_limit,
+        losses,
+        progress,
+    )
     return result, losses
 
 
@@ -163,7 +179,7 @@ def test_stops_at_parameters_that_overflow(isa, dtype):
     parameters = np.full(2, 1e3, dtype)
     ranges = [(0, 2, float(np.finfo(dtype).max), 0.0, 0.0, 0.0, False, False, True)]
     losses = np.zeros(3)
-    stop, done = _core.train(x, target, parameters, None, True, ranges, 1, None, 0, 3, True, 0.0, losses)
+    stop, done = _core.train(x, target, parameters, None, [("linear", 1, 1, True)], ranges, 1, None, 0, 3, True, 0.0, losses)
     assert (stop, done) == ("non_finite", 1)
 
 
@@ -199,7 +215,7 @@ def test_long_sums_are_carried_in_double(isa):
     """Whole runs of equal float32 terms: a sum in float32 would be off by 1e-3, or stand still."""
     rows = 1 << 18
     x, target = np.full((rows, 1), 1.0, np.float32), np.full((rows, 1), 0.1, np.float32)
-    squared = _core.squared_error(x, target, np.zeros(2, np.float32), True)
+    squared = _core.squared_error(x, target, np.zeros(2, np.float32), [("linear", 1, 1, True)])
     assert squared == pytest.approx(rows * float(np.float32(0.1)) ** 2, rel=1e-6)
     for outputs in (1, 8):
         g = np.full((rows, outputs), 0.1, np.float32)

@@ -10,6 +10,7 @@
 
 #include "../../csrc/dispatch/dispatch.h"
 #include "../../csrc/engine/linear.h"
+#include "../../csrc/engine/network.h"
 #include "../../csrc/engine/parallel.h"
 #include "../../csrc/engine/random.h"
 #include "../../csrc/engine/training.h"
@@ -170,17 +171,109 @@ void check_elementwise(std::size_t n) {
   expect(good, "elementwise " + std::to_string(n));
 }
 
+double plain_activation(gdlib::Activation kind, double x) {
+  if (kind == gdlib::Activation::relu) return x > 0 ? x : 0.0;
+  if (kind == gdlib::Activation::tanh) return std::tanh(x);
+  return x < 0 ? std::exp(x) / (1 + std::exp(x)) : 1 / (1 + std::exp(-x));
+}
+
+// The derivative where the output is y.
+double plain_derivative(gdlib::Activation kind, double y) {
+  if (kind == gdlib::Activation::relu) return y > 0 ? 1.0 : 0.0;
+  return kind == gdlib::Activation::tanh ? 1 - y * y : y * (1 - y);
+}
+
+template <class T>
+void check_activations(std::size_t n) {
+  using gdlib::Activation;
+  for (const Activation kind : {Activation::relu, Activation::tanh, Activation::sigmoid}) {
+    auto x = numbers<T>(n, 21);
+    for (std::size_t i = 0; i < n; ++i) x[i] *= static_cast<T>(i % 3 == 0 ? 60 : i % 3);  // saturated, small, and zero
+    const auto g = numbers<T>(n, 22);
+    auto y = x, chained = g;
+    gdlib::table<T>().activation_forward(kind, 1, n, y.data(), n);
+    gdlib::table<T>().activation_backward(kind, 1, n, y.data(), n, chained.data(), n);
+    bool good = true;
+    for (std::size_t i = 0; i < n; ++i) {
+      const double value = plain_activation(kind, x[i]);
+      good = good && close(y[i], value, std::abs(value), 4) && close(chained[i], g[i] * plain_derivative(kind, y[i]), 1.0, 2);
+    }
+    expect(good, "activation " + std::to_string(static_cast<int>(kind)) + " of " + std::to_string(n));
+    std::vector<T> bad(n, std::numeric_limits<T>::quiet_NaN());
+    gdlib::table<T>().activation_forward(kind, 1, n, bad.data(), n);
+    for (const T value : bad) expect(value != value, "activation of NaN");
+  }
+}
+
+// An activation first, two in a row, and two linear layers in a row.
+gdlib::Network a_network(std::size_t in, std::size_t out) {
+  using gdlib::Activation;
+  gdlib::Network network;
+  network.add(Activation::sigmoid, in, in, false);
+  network.add(Activation::none, in, 12, true);
+  network.add(Activation::tanh, 12, 12, false);
+  network.add(Activation::relu, 12, 12, false);
+  network.add(Activation::none, 12, 5, false);
+  network.add(Activation::none, 5, out, true);
+  return network;
+}
+
+// The gradient of the squared error over scattered rows against central differences in double, and the error and the outputs against it.
+template <class T>
+void check_network(std::size_t rows, std::size_t in, std::size_t out) {
+  const gdlib::Network network = a_network(in, out);
+  const std::size_t n = network.parameters();
+  const auto x = numbers<T>(rows * in, 23), y = numbers<T>(rows * out, 24), p = numbers<T>(n, 25);
+  const std::vector<double> x_double(x.begin(), x.end()), y_double(y.begin(), y.end()), p_double(p.begin(), p.end());
+  gdlib::AlignedVector<std::uint32_t> order;
+  gdlib::Interrupt interrupt(nullptr);
+  gdlib::shuffle_order(9, static_cast<std::uint32_t>(rows), order, interrupt);
+  gdlib::NetworkScratch<T> scratch(network, rows, true, gdlib::Need::gradient);
+  const gdlib::Batch<T> batch{x.data(), in, y.data(), order.data(), rows, 0, false};
+  std::vector<T> gradient(n);
+  const double loss = gdlib::network_squared_error_gradient(network, batch, p.data(), gradient.data(), scratch, interrupt);
+
+  gdlib::NetworkScratch<double> plain_scratch(network, rows, false, gdlib::Need::outputs);
+  const gdlib::Batch<double> plain{x_double.data(), in, y_double.data(), nullptr, rows, 0, false};
+  const auto error = [&](const std::vector<double>& at) {
+    return gdlib::network_squared_error(network, plain, at.data(), plain_scratch, interrupt);
+  };
+  std::vector<T> outputs(rows * out);
+  gdlib::NetworkScratch<T> forward_scratch(network, rows, false, gdlib::Need::outputs);
+  bool good = gdlib::network_forward(network, rows, x.data(), in, p.data(), outputs.data(), forward_scratch, interrupt);
+  double by_outputs = 0;
+  for (std::size_t i = 0; i < rows * out; ++i) by_outputs += (outputs[i] - y_double[i]) * (outputs[i] - y_double[i]);
+  const double tolerance = 200 * std::numeric_limits<T>::epsilon() * static_cast<double>(rows) * 50;
+  good = good && std::abs(loss - error(p_double)) <= tolerance && std::abs(by_outputs - loss) <= tolerance;
+  for (std::size_t i = 0; i < n; ++i) {
+    auto above = p_double, below = p_double;
+    above[i] += 1e-5;
+    below[i] -= 1e-5;
+    good = good && std::abs(gradient[i] - (error(above) - error(below)) / 2e-5) <= tolerance + 1e-6 * static_cast<double>(rows);
+  }
+  const gdlib::NetworkScratch<T> large(network, std::size_t{1} << 40, true, gdlib::Need::gradient);
+  good = good && large.arena.size() * sizeof(T) <= std::size_t{64} << 20;
+  expect(good, "network " + std::to_string(rows) + " x " + std::to_string(in) + " x " + std::to_string(out));
+}
+
+gdlib::Network lone_linear(std::size_t in, std::size_t out) {
+  gdlib::Network network;
+  network.add(gdlib::Activation::none, in, out, true);
+  return network;
+}
+
 // Whole rounds: every loss is finite and falls, and several tasks and threads give the bits of one thread.
 template <class T>
-void check_rounds(std::size_t rows, std::size_t in, std::size_t out, std::size_t batch) {
+void check_rounds(const gdlib::Network& network, std::size_t rows, std::size_t batch) {
+  const std::size_t in = network.in_features(), out = network.out_features();
   const auto x = numbers<T>(rows * in, 18), y = numbers<T>(rows * out, 19);
   const std::vector<std::uint64_t> seeds{1, 1, 2};
   std::vector<T> first_run;
   for (const int threads : {1, 2, 3}) {
     gdlib::set_thread_count(threads);
     gdlib::Round<T> round{};
-    round.shape = {in, out, true};
-    const std::size_t n = round.shape.parameters();
+    round.network = network;
+    const std::size_t n = network.parameters();
     auto parameters = numbers<T>(n, 20);
     std::vector<T> gradient(n), momentum(n);
     std::vector<double> losses(3);
@@ -192,7 +285,7 @@ void check_rounds(std::size_t rows, std::size_t in, std::size_t out, std::size_t
     round.epoch_seeds = batch < rows ? seeds.data() : nullptr;
     round.last_step = 3 * ((rows + batch - 1) / batch);
     round.mean = true;
-    round.ranges = {{0, n, {T(0.05), T(0.5), T(0), T(0), true, false}, true, true}};
+    round.ranges = {{0, n, {T(0.02), T(0.5), T(0), T(0), true, false}, true, true}};
     round.parameters = parameters.data();
     round.gradient = gradient.data();
     round.momentum = momentum.data();
@@ -210,9 +303,14 @@ void check_rounds(std::size_t rows, std::size_t in, std::size_t out, std::size_t
 
 template <class T>
 void check_all() {
-  check_rounds<T>(300, 10, 1, 32);
-  check_rounds<T>(30000, 20, 2, 30000);
-  check_rounds<T>(300, 10, 9, 64);
+  check_rounds<T>(lone_linear(10, 1), 300, 32);
+  check_rounds<T>(lone_linear(20, 2), 30000, 30000);
+  check_rounds<T>(lone_linear(10, 9), 300, 64);
+  check_rounds<T>(a_network(10, 1), 300, 32);
+  check_rounds<T>(a_network(20, 9), 9000, 9000);  // several passes for each step
+  for (std::size_t rows : {1, 17, 67})
+    for (std::size_t in : {1, 9})
+      for (std::size_t out : {1, 8}) check_network<T>(rows, in, out);
   for (std::size_t rows : {1, 2, 5, 16, 17, 67})
     for (std::size_t in : {1, 2, 3, 4, 5, 10, 16, 31, 67})
       for (std::size_t out : {1, 2, 7, 8, 9, 25, 67}) {
@@ -224,6 +322,7 @@ void check_all() {
     check_vectors<T>(n);
     check_updates<T>(n);
     check_elementwise<T>(n);
+    check_activations<T>(n);
   }
 }
 

@@ -365,3 +365,15 @@ class TestNoBodyBreaksIt:
             reply = call(app, "POST", INFER, {"inputs": [{"name": "input", "shape": [20, 3], "datatype": "FP32", "data": data}]})
             tensor = reply.json["outputs"][0]
             np.testing.assert_array_equal(np.array(tensor["data"], np.float32).reshape(tensor["shape"]), wanted)
+
+    def test_a_saved_network_answers_as_it_predicts(self, tmp_path: Any, call: Any) -> None:
+        model = gdlib.Sequential(gdlib.Linear(3, 9, seed=0), gdlib.Tanh(), gdlib.Linear(9, 2, seed=1), gdlib.Sigmoid())
+        gdlib.save(model, tmp_path / "net" / "1" / "model.safetensors", target_names=["u", "v"])
+        app = create_app(tmp_path)
+        described = call(app, "GET", "/v2/models/net").json
+        assert (described["inputs"][0]["shape"], described["outputs"][0]["shape"]) == ([-1, 3], [-1, 2])
+        assert described["parameters"] == {"target_names": ["u", "v"]}
+        X = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+        tensor = {"name": "input", "shape": [20, 3], "datatype": "FP32", "data": X.ravel().tolist()}
+        answer = call(app, "POST", "/v2/models/net/infer", {"inputs": [tensor]}).json["outputs"][0]
+        np.testing.assert_array_equal(np.array(answer["data"], np.float32).reshape(answer["shape"]), model.predict(X))

@@ -1,0 +1,277 @@
+#include "network.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../dispatch/dispatch.h"
+
+namespace gdlib {
+
+Activation activation_named(const std::string& kind) {
+  if (kind == "linear") return Activation::none;
+  if (kind == "relu") return Activation::relu;
+  if (kind == "tanh") return Activation::tanh;
+  if (kind == "sigmoid") return Activation::sigmoid;
+  throw std::invalid_argument("the layer kind '" + kind + "' is unknown; linear, relu, tanh or sigmoid is wanted.");
+}
+
+void Network::add(Activation activation, std::size_t in_features, std::size_t out_features, bool has_bias) {
+  if (!layers_.empty() && in_features != this->out_features())
+    throw std::invalid_argument("layer " + std::to_string(layers_.size()) + " takes " + std::to_string(in_features) +
+                                " features, and the one before it gives " + std::to_string(this->out_features()) + ".");
+  if (activation != Activation::none && in_features != out_features)
+    throw std::invalid_argument("an activation gives as many features as it takes.");
+  if (out_features == 0) throw std::invalid_argument("a layer gives no features; at least 1 is wanted.");
+  if (in_features >= SIZE_MAX / sizeof(double) / 2 / out_features) throw std::invalid_argument("a layer has more weights than memory can hold.");
+  layers_.push_back({activation, in_features, out_features, has_bias, parameters()});
+}
+
+namespace {
+
+// Rows of one pass: as many as fit 64 MiB, so that memory stays bounded for any batch, and as 10^9 multiply-adds of a layer allow (20 to
+// 50 ms on two cores), so that Ctrl-C is answered; at most 4096, beyond which products gain nothing.
+constexpr std::size_t least_rows = 64, most_rows = 4096, most_bytes = 64 << 20, most_work = 1'000'000'000;
+
+constexpr std::size_t elements_per_task = 1 << 14;  // of elementwise work: some microseconds, ten times what handing it out costs
+
+// An activation works in place on a linear layer's output, which that layer does not need again. Elsewhere its input has another reader.
+bool works_in_place(const Network& network, std::size_t layer) {
+  return layer > 0 && !network.layers()[layer].is_linear() && network.layers()[layer - 1].is_linear();
+}
+
+}  // namespace
+
+template <class T>
+NetworkScratch<T>::NetworkScratch(const Network& network, std::size_t batch_rows, bool scattered, Need need) {
+  if (network.is_lone_linear() && need == Need::gradient) return;
+  constexpr std::size_t line = 64 / sizeof(T);
+  const std::vector<Layer>& layers = network.layers();
+  std::size_t per_row = 0, widest = 0, most_weights = 1;
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    per_row += works_in_place(network, i) ? 0 : layers[i].out_features;
+    widest = std::max(widest, layers[i].out_features);
+    most_weights = std::max(most_weights, layers[i].weights());
+  }
+  if (need == Need::gradient) per_row += 2 * widest;
+  if (scattered) per_row += network.in_features() + network.out_features();
+  rows = std::min({most_rows, most_bytes / (per_row * sizeof(T)), most_work / most_weights});
+  rows = std::min(batch_rows, std::max(least_rows, rows / 64 * 64));
+  std::size_t size = 0;
+  const auto take = [&](std::size_t features) {
+    const std::size_t at = size;
+    size += (rows * features + line - 1) / line * line;
+    return at;
+  };
+  for (std::size_t i = 0; i < layers.size(); ++i)
+    outputs.push_back(works_in_place(network, i) ? outputs.back() : take(layers[i].out_features));
+  if (need == Need::gradient)
+    for (std::size_t& at : gradients) at = take(widest);
+  if (scattered) {
+    gathered = take(network.in_features());
+    targets = take(network.out_features());
+  }
+  arena.resize(size);
+}
+
+namespace {
+
+// One pass of some rows, forward and back.
+template <class T>
+class Pass {
+ public:
+  Pass(const Network& network, const T* parameters, NetworkScratch<T>& scratch, Interrupt& interrupt)
+      : network_(network), parameters_(parameters), scratch_(scratch), interrupt_(interrupt) {}
+
+  // Rows `begin` and on of a batch: where they lie, or gathered where an index scatters them. They stay the input of the pass.
+  void take(const Batch<T>& batch, std::size_t begin, std::size_t rows) {
+    rows_ = rows;
+    if (!batch.index) {
+      x_ = batch.x + begin * batch.x_stride;
+      x_stride_ = batch.x_stride;
+      target_ = batch.target + begin * network_.out_features();
+      return;
+    }
+    const std::size_t in = network_.in_features(), out = network_.out_features();
+    T* const x = at(scratch_.gathered);
+    T* const target = at(scratch_.targets);
+    for (std::size_t r = 0; r < rows; ++r) {
+      const std::size_t row = batch.index[begin + r];
+      std::copy_n(batch.x + row * batch.x_stride, in, x + r * in);
+      std::copy_n(batch.target + row * out, out, target + r * out);
+    }
+    x_ = x;
+    x_stride_ = in;
+    target_ = target;
+  }
+
+  // Every layer's output. False after an interrupt; where `finite` is asked for, also when a linear layer's output is not.
+  bool forward(bool finite) {
+    for (std::size_t i = 0; i < network_.layers().size(); ++i) {
+      const Layer& layer = network_.layers()[i];
+      if (interrupt_.check_after(rows_ * layer.weights())) return false;
+      T* const y = at(scratch_.outputs[i]);
+      if (layer.is_linear()) {
+        linear_forward<T>(rows_, layer.in_features, layer.out_features, input(i), input_stride(i), weight(layer), bias(layer), y);
+        if (finite && !table<T>().all_finite(rows_ * layer.out_features, y)) return false;
+      } else {
+        if (!works_in_place(network_, i))
+          for (std::size_t r = 0; r < rows_; ++r)
+            std::copy_n(input(i) + r * input_stride(i), layer.out_features, y + r * layer.out_features);
+        // Infinity would come out of the first layer as a number.
+        if (finite && i == 0 && !table<T>().all_finite(rows_ * layer.out_features, y)) return false;
+        in_tasks(layer.out_features, [&](std::size_t begin, std::size_t rows, std::size_t) {
+          table<T>().activation_forward(layer.activation, rows, layer.out_features, y + begin * layer.out_features, layer.out_features);
+        });
+      }
+    }
+    return true;
+  }
+
+  const T* output() const { return at(scratch_.outputs.back()); }
+
+  double squared_error() {
+    const std::size_t out = network_.out_features();
+    scratch_.losses.assign(task_count(out), 0.0);
+    in_tasks(out, [&](std::size_t begin, std::size_t rows, std::size_t task) {
+      scratch_.losses[task] = table<T>().squared_error_sum(rows * out, output() + begin * out, target_ + begin * out);
+    });
+    double sum = 0.0;
+    for (const double loss : scratch_.losses) sum += loss;
+    return sum;
+  }
+
+  // gradient += that of the squared error. Stops early after an interrupt.
+  void backward(T* gradient) {
+    const std::size_t out = network_.out_features();
+    T* g = at(scratch_.gradients[0]);
+    T* other = at(scratch_.gradients[1]);
+    in_tasks(out, [&](std::size_t begin, std::size_t rows, std::size_t) {
+      table<T>().squared_error_gradient(rows * out, output() + begin * out, target_ + begin * out, T(1), g + begin * out);
+    });
+    const std::size_t first = first_linear();
+    for (std::size_t i = network_.layers().size(); i-- > first;) {
+      const Layer& layer = network_.layers()[i];
+      if (interrupt_.check_after(2 * rows_ * layer.weights())) return;
+      if (layer.is_linear()) {
+        T* const weights = gradient + layer.begin_weight;
+        linear_backward<T>(rows_, layer.in_features, layer.out_features, g, input(i), input_stride(i), weight(layer), weights,
+                           layer.has_bias ? weights + layer.weights() : nullptr, i > first ? other : nullptr);
+        std::swap(g, other);
+      } else {
+        const std::size_t cols = layer.out_features;
+        const T* const y = at(scratch_.outputs[i]);
+        in_tasks(cols, [&](std::size_t begin, std::size_t rows, std::size_t) {
+          table<T>().activation_backward(layer.activation, rows, cols, y + begin * cols, cols, g + begin * cols, cols);
+        });
+      }
+    }
+  }
+
+ private:
+  T* at(std::size_t place) const { return scratch_.arena.data() + place; }
+  const T* input(std::size_t layer) const { return layer ? at(scratch_.outputs[layer - 1]) : x_; }
+  std::size_t input_stride(std::size_t layer) const { return layer ? network_.layers()[layer].in_features : x_stride_; }
+  const T* weight(const Layer& layer) const { return parameters_ + layer.begin_weight; }
+  const T* bias(const Layer& layer) const { return layer.has_bias ? weight(layer) + layer.weights() : nullptr; }
+
+  // Nothing before it has parameters, so that no gradient is wanted there.
+  std::size_t first_linear() const {
+    std::size_t i = 0;
+    while (i < network_.layers().size() && !network_.layers()[i].is_linear()) ++i;
+    return i;
+  }
+
+  static std::size_t task_rows(std::size_t cols) { return std::max<std::size_t>(1, elements_per_task / cols); }
+  std::size_t task_count(std::size_t cols) const { return (rows_ + task_rows(cols) - 1) / task_rows(cols); }
+
+  // body(begin, rows, task): elementwise work on rows of `cols`, on all threads.
+  template <class Body>
+  void in_tasks(std::size_t cols, const Body& body) {
+    const std::size_t step = task_rows(cols);
+    parallel_for(task_count(cols), [&](std::size_t task, std::size_t) {
+      body(task * step, std::min(step, rows_ - task * step), task);
+    });
+  }
+
+  const Network& network_;
+  const T* parameters_;
+  NetworkScratch<T>& scratch_;
+  Interrupt& interrupt_;
+  std::size_t rows_ = 0, x_stride_ = 0;
+  const T* x_ = nullptr;
+  const T* target_ = nullptr;
+};
+
+}  // namespace
+
+template <class T>
+bool network_forward(const Network& network, std::size_t rows, const T* x, std::size_t x_stride, const T* parameters, T* y,
+                     NetworkScratch<T>& scratch, Interrupt& interrupt) {
+  if (rows == 0) return true;
+  const std::size_t out = network.out_features();
+  const Batch<T> batch{x, x_stride, y, nullptr, rows, 0, false};  // its targets are not read
+  Pass<T> pass(network, parameters, scratch, interrupt);
+  for (std::size_t begin = 0; begin < rows; begin += scratch.rows) {
+    const std::size_t count = std::min(scratch.rows, rows - begin);
+    pass.take(batch, begin, count);
+    if (!pass.forward(true)) return false;
+    std::copy_n(pass.output(), count * out, y + begin * out);
+  }
+  return true;
+}
+
+template <class T>
+double network_squared_error(const Network& network, const Batch<T>& batch, const T* parameters, NetworkScratch<T>& scratch,
+                             Interrupt& interrupt) {
+  if (network.is_lone_linear()) {
+    AlignedVector<T> gradient(network.parameters());
+    return linear_squared_error_gradient(network.linear_shape(), batch, parameters, gradient.data(), scratch.linear, interrupt);
+  }
+  Pass<T> pass(network, parameters, scratch, interrupt);
+  double loss = 0.0;
+  for (std::size_t begin = 0; begin < batch.rows; begin += scratch.rows) {
+    pass.take(batch, begin, std::min(scratch.rows, batch.rows - begin));
+    if (!pass.forward(false)) break;
+    loss += pass.squared_error();
+  }
+  return loss;
+}
+
+template <class T>
+double network_squared_error_gradient(const Network& network, const Batch<T>& batch, const T* parameters, T* gradient,
+                                      NetworkScratch<T>& scratch, Interrupt& interrupt) {
+  if (network.is_lone_linear())
+    return linear_squared_error_gradient(network.linear_shape(), batch, parameters, gradient, scratch.linear, interrupt);
+  const std::size_t n = network.parameters();
+  Pass<T> pass(network, parameters, scratch, interrupt);
+  const bool several = batch.rows > scratch.rows;
+  if (several) scratch.sums.assign(n, 0.0);  // sums of many passes are carried in double
+  double loss = 0.0;
+  std::fill_n(gradient, n, T(0));
+  for (std::size_t begin = 0; begin < batch.rows; begin += scratch.rows) {
+    pass.take(batch, begin, std::min(scratch.rows, batch.rows - begin));
+    if (!pass.forward(false)) return loss;
+    loss += pass.squared_error();
+    pass.backward(gradient);
+    if (interrupt.requested()) return loss;
+    if (!several) break;
+    for (std::size_t i = 0; i < n; ++i) scratch.sums[i] += static_cast<double>(gradient[i]);
+    std::fill_n(gradient, n, T(0));
+  }
+  if (several)
+    for (std::size_t i = 0; i < n; ++i) gradient[i] = static_cast<T>(scratch.sums[i]);
+  return loss;
+}
+
+#define GDLIB_INSTANTIATE(T)                                                                                                             \
+  template struct NetworkScratch<T>;                                                                                                     \
+  template bool network_forward(const Network&, std::size_t, const T*, std::size_t, const T*, T*, NetworkScratch<T>&, Interrupt&);       \
+  template double network_squared_error(const Network&, const Batch<T>&, const T*, NetworkScratch<T>&, Interrupt&);                      \
+  template double network_squared_error_gradient(const Network&, const Batch<T>&, const T*, T*, NetworkScratch<T>&, Interrupt&);
+GDLIB_INSTANTIATE(float)
+GDLIB_INSTANTIATE(double)
+#undef GDLIB_INSTANTIATE
+
+}  // namespace gdlib
