@@ -20,4 +20,5 @@ def time_contender(benchmark: Any, group: Group, contender: Contender) -> None:
     except UnavailableError as reason:
         pytest.skip(str(reason))
     benchmark.group = f"{group.title}, one run being {contender.work:g} x one {group.unit}"  # only equal runs are compared
-    benchmark(run)
+    with contender.around():
+        benchmark(run)
