@@ -21,6 +21,7 @@ BATCH_SIZE, SGD_ROWS = 256, 8192
 @dataclass(frozen=True)
 class Axis:
     name: str
+    what: str
     sizes: Sequence[int]
     group: Group
 
@@ -80,7 +81,7 @@ def _axis(
         Contender(label(who, size), partial(prepare, size=size, how=how), work) for who, how in preparations.items() for size in sizes
     ]
     title = f"Scaling with {name}: {what}"
-    return Axis(name, sizes, Group(title, "run", [*contenders, limit], check=lambda _, result: check(*result), rounds=7))
+    return Axis(name, what, sizes, Group(title, "run", [*contenders, limit], check=lambda _, result: check(*result), rounds=7))
 
 
 def check_sgd(problem: Regression, parameters: Any) -> None:

@@ -1,6 +1,7 @@
 """Which results are drawn in which picture of the report."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import aims, machine, plots
@@ -92,16 +93,16 @@ def _descent(results: Results, path: Path) -> None:
 
 
 def _scaling(results: Results, path: Path) -> None:
-    drawn: list[plots.Lines] = []
+    def growth(group: Group, name: str, what: str, sizes: Sequence[int], labels: dict[str, list[str]]) -> plots.Growth:
+        timings = results[group.title]
+        return plots.Growth(name, what, sizes, {who: [timings[label].seconds for label in row] for who, row in labels.items()})
+
+    drawn = []
     for axis in scaling.AXES:
-        timings = results[axis.group.title]
-        lines = {who: [timings[scaling.label(who, size)].seconds for size in axis.sizes] for who in ("gdlib", "NumPy")}
-        drawn.append((axis.name, axis.sizes, lines))
-    work = [work for work in threads.WORKS if work.compute_bound and not math.isnan(aims.gain(results, work))]
-    if work:
-        timings = results[work[0].group.title]
-        counts = machine.THREAD_COUNTS
-        drawn.append(
-            ("threads", counts, {who: [timings[f"{who}, {machine.plural(n)}"].seconds for n in counts] for who in ("gdlib", "PyTorch")})
-        )
+        labels = {who: [scaling.label(who, size) for size in axis.sizes] for who in ("gdlib", "NumPy")}
+        drawn.append(growth(axis.group, axis.name, axis.what, axis.sizes, labels))
+    work = next(work for work in threads.WORKS if work.compute_bound)
+    if not math.isnan(aims.gain(results, work)):
+        labels = {who: [f"{who}, {machine.plural(count)}" for count in machine.THREAD_COUNTS] for who in ("gdlib", "PyTorch")}
+        drawn.append(growth(work.group, "threads", work.name, machine.THREAD_COUNTS, labels))
     plots.scaling(path, drawn)

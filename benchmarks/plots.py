@@ -3,6 +3,7 @@
 White ground, so that they are readable on a dark page too. Equal figures give equal bytes.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 GDLIB, PEER, ROOF = "#1f6fb2", "#b5bcc4", "#444444"
 STYLE = {"svg.hashsalt": "gdlib", "svg.fonttype": "path", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
@@ -36,51 +38,52 @@ class Point:
 def roofline(path: Path, points: Sequence[Point], peaks: dict[str, float], bandwidths: dict[str, float], title: str) -> None:
     """`peaks` in GFLOP/s and `bandwidths` in GB/s by number of threads. Points are numbered; a list beside the picture names them."""
     families = list(dict.fromkeys(point.family for point in points))
-    left, right = 0.5 * min(p.intensity for p in points), 3 * max(p.intensity for p in points)
+    left, right = 0.5 * min(p.intensity for p in points), 2 * max(p.intensity for p in points)
     with picture(path, 10.5, max(5.2, 0.155 * (len(points) + len(families)) + 1.2)) as figure:
         axes, names = figure.subplots(1, 2, width_ratios=(2.1, 1))
         for style, (threads, peak) in zip(("-", "--"), reversed(peaks.items()), strict=False):
             bandwidth = bandwidths[threads]
-            ridge = peak / bandwidth
-            axes.plot([left, ridge, right], [left * bandwidth, peak, peak], style, color=ROOF, lw=1.2)
-            axes.annotate(
-                f"{peak:.0f} GFLOP/s, {threads}",
-                (right, peak),
-                (-2, -3 if style == "--" else 3),
-                textcoords="offset points",
-                ha="right",
-                va="top" if style == "--" else "bottom",
-            )
-            foot = max(left, 0.04) if style == "-" else max(left, 0.04) * 3
-            axes.annotate(
-                f"{bandwidth:.0f} GB/s, {threads}",
-                (foot, foot * bandwidth),
-                (-4, 4) if style == "-" else (4, -4),
-                textcoords="offset points",
-                ha="left",
-                va="bottom" if style == "-" else "top",
-                rotation=0,
-            )
+            label = f"{threads}: {bandwidth:.1f} GB/s, {peak:.0f} GFLOP/s"
+            axes.plot([left, peak / bandwidth, right], [left * bandwidth, peak, peak], style, color=ROOF, lw=1.2, label=label)
+        axes.legend(loc="lower right", frameon=False, title="measured in the same run")
+        axes.set(xscale="log", yscale="log", xlim=(left, right), title=title)
+        axes.set(xlabel="arithmetic intensity: flops for each byte read or written at least", ylabel="GFLOP/s")
+        axes.grid(which="major", color="#e4e7ea", lw=0.6)
+        axes.set_axisbelow(True)
         names.axis("off")
         place, step = 1.0, 1.0 / (len(points) + len(families))
-        colors = mpl.color_sequences["tab10"]
-        number = 0
+        colors, numbered = mpl.color_sequences["tab10"], []
         for index, family in enumerate(families):
             color, mark = colors[index % len(colors)], MARKS[index % len(MARKS)]
             names.plot([0.0], [place - step / 2], mark, color=color, ms=6, transform=names.transAxes, clip_on=False)
             names.text(0.05, place - step / 2, family, transform=names.transAxes, va="center", weight="bold", fontsize=8)
             place -= step
             for point in (p for p in points if p.family == family):
-                number += 1
-                axes.plot([point.intensity], [point.gflops], mark, color=color, ms=6, alpha=0.85)
-                axes.annotate(str(number), (point.intensity, point.gflops), (4, 3), textcoords="offset points", fontsize=7)
-                text = f"{number}  {point.label}: {point.gflops:.3g}"
+                numbered.append(point)
+                axes.plot([point.intensity], [point.gflops], mark, color=color, ms=5.5, alpha=0.85)
+                text = f"{len(numbered)}  {point.label}: {point.gflops:.3g}"
                 names.text(0.05, place - step / 2, text, transform=names.transAxes, va="center", fontsize=7.5)
                 place -= step
-        axes.set(xscale="log", yscale="log", xlim=(left, right), title=title)
-        axes.set(xlabel="arithmetic intensity: flops for each byte read or written at least", ylabel="GFLOP/s")
-        axes.grid(which="major", color="#e4e7ea", lw=0.6)
-        axes.set_axisbelow(True)
+        figure.draw_without_rendering()  # the layout is then known, and with it where numbers meet
+        _number(axes, [(point.intensity, point.gflops) for point in numbered])
+
+
+def _number(axes: Any, points: Sequence[tuple[float, float]]) -> None:
+    """A number beside each point, where neither a point nor another number is: the nearest such place of a few rings."""
+    scale = 72 / axes.figure.dpi  # points of 1/72 inch for each pixel
+    taken = [tuple(scale * axes.transData.transform(point)) for point in points]
+    rings = [(r * math.cos(a), r * math.sin(a)) for r in (9, 14, 20, 27, 35, 44) for a in [k * math.pi / 8 for k in range(16)]]
+    for number, (point, at) in enumerate(zip(points, taken[:], strict=True), 1):
+
+        def free(offset: tuple[float, float], at: tuple[float, ...] = at) -> bool:
+            x, y = at[0] + offset[0], at[1] + offset[1]
+            return all(abs(x - other[0]) > 9 or abs(y - other[1]) > 7 for other in taken)
+
+        offset = next(filter(free, rings), rings[0])
+        taken.append((at[0] + offset[0], at[1] + offset[1]))
+        line = {"arrowstyle": "-", "color": ROOF, "lw": 0.4, "shrinkA": 0, "shrinkB": 2}
+        place = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 7}
+        axes.annotate(str(number), point, offset, arrowprops=line if math.hypot(*offset) > 10 else None, **place)
 
 
 def bars(
@@ -121,26 +124,37 @@ def ratios(path: Path, rows: Sequence[tuple[str, float, str]], title: str) -> No
         axes.set_xticks([], minor=True)
 
 
-Lines = tuple[str, Sequence[float], dict[str, list[float]]]  # what grows, its sizes, seconds by contender
+@dataclass(frozen=True)
+class Growth:
+    name: str  # of what grows
+    what: str  # costs
+    sizes: Sequence[float]
+    seconds: dict[str, list[float]]  # by contender
 
 
-def scaling(path: Path, axes_of: Sequence[Lines]) -> None:
+def scaling(path: Path, growths: Sequence[Growth]) -> None:
     """Points, and a line of exponent 1 (for threads, -1) through gdlib's last one."""
-    with picture(path, 10.5, 6.6) as figure:
-        places: Any = list(figure.subplots(2, -(-len(axes_of) // 2)).flat)
-        for axes, (name, sizes, lines) in zip(places, axes_of, strict=False):
-            for who, seconds in lines.items():
+    with picture(path, 10.5, 6.8) as figure:
+        places: Any = list(figure.subplots(2, -(-len(growths) // 2)).flat)
+        for axes, growth in zip(places, growths, strict=False):
+            sizes = growth.sizes
+            for who, seconds in growth.seconds.items():
                 own = who == "gdlib"
                 axes.plot(
                     sizes, seconds, "o-" if own else "s-", color=GDLIB if own else PEER, ms=4, lw=1.3, label=who, zorder=3 if own else 2
                 )
-            last, at = next(iter(lines.values()))[-1], sizes[-1]
-            power = -1 if name == "threads" else 1
-            axes.plot(sizes, [last * (size / at) ** power for size in sizes], ":", color=ROOF, lw=1, label=f"exponent {power}")
-            axes.set(xscale="log", yscale="log", title=f"{name}", xlabel=name, ylabel="s")
+            last, power = next(iter(growth.seconds.values()))[-1], -1 if growth.name == "threads" else 1
+            axes.plot(sizes, [last * (size / sizes[-1]) ** power for size in sizes], ":", color=ROOF, lw=1, label=f"exponent {power}")
+            axes.set(xscale="log", yscale="log")
+            axes.set_title(f"time against {growth.name}", fontsize=9.5)
+            axes.set_xlabel(growth.what, fontsize=7.5)
             axes.set_xticks(sizes, [f"{size:,}" if size < 10_000 else f"{size / 1024:,.0f}k" for size in sizes], fontsize=7)
             axes.set_xticks([], minor=True)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(EngFormatter("s"))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.tick_params(axis="y", labelsize=7)
             axes.grid(which="major", color="#e4e7ea", lw=0.6)
             axes.legend(frameon=False, fontsize=7)
-        for axes in places[len(axes_of) :]:
+        for axes in places[len(growths) :]:
             axes.axis("off")

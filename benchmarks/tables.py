@@ -107,7 +107,7 @@ def scaling_table(results: Results) -> str:
     rows = []
     for axis in scaling.AXES:
         figures = [f"{value:.3f}" for who in ("gdlib", "NumPy") for value in aims.scaling(results, axis, who)]
-        rows.append([axis.group.title.removeprefix("Scaling with "), f"{axis.sizes[0]:,} to {axis.sizes[-1]:,}", *figures])
+        rows.append([f"{axis.name}: {axis.what}", f"{axis.sizes[0]:,} to {axis.sizes[-1]:,}", *figures])
     for work in threads.WORKS if machine.THREADS > 1 else ():
         if work.compute_bound and not math.isnan(aims.gain(results, work)):
             slope = -math.log(aims.gain(results, work)) / math.log(machine.THREADS)
