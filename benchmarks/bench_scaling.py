@@ -15,7 +15,7 @@ from benchmarks.bench_gradient_descent import EPOCHS, LR
 from benchmarks.measure import Contender, Group, Run
 from benchmarks.peers import Regression
 
-BATCH_SIZE, SGD_ROWS = 256, 8192
+BATCH_SIZE, SGD_ROWS = 256, 32_768
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _axis(
         Contender(label(who, size), partial(prepare, size=size, how=how), work) for who, how in preparations.items() for size in sizes
     ]
     title = f"Scaling with {name}: {what}"
-    return Axis(name, what, sizes, Group(title, "run", [*contenders, limit], check=lambda _, result: check(*result), rounds=7))
+    return Axis(name, what, sizes, Group(title, "run", [*contenders, limit], check=lambda _, result: check(*result), rounds=5))
 
 
 def check_sgd(problem: Regression, parameters: Any) -> None:
@@ -91,7 +91,9 @@ def check_sgd(problem: Regression, parameters: Any) -> None:
     assert rest < 0.6, f"{rest:.2g} of the variance is left after an epoch"
 
 
-ROWS, FEATURES, WIDTHS = [2**k for k in range(13, 19)], [2**k for k in range(4, 11)], [2**k for k in range(5, 12)]
+# From where the work is more than the call and its threads. X is larger than most caches for any number of rows: a line that left a cache
+# on its way would bend there.
+ROWS, FEATURES, WIDTHS = [2**k for k in range(17, 21)], [2**k for k in range(6, 11)], [2**k for k in range(7, 13)]
 _descents: Any = {"gdlib": bench_gradient_descent.gdlib_fit, "NumPy": numpy_descent}
 _sgds: Any = {"gdlib": gdlib_sgd, "NumPy": numpy_sgd}
 _products: Any = {"gdlib": bench_threads.gdlib_products, "NumPy": numpy_products}

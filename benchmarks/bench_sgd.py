@@ -68,7 +68,7 @@ def _group(shuffle: bool) -> Group:
     ]
     note = (
         f"An epoch is {STEPS:,} steps of {BATCH_SIZE} rows ({ROWS:,} of one row for scikit-learn), from a fresh model; the loss at its end "
-        "must be within 5 % of the noise floor."
+        "must be within 5 % of the noise floor. The limit is one core's: a batch is too little work to share."
     )
     order = "shuffled" if shuffle else "in order"
     title = f"SGD epoch, {ROWS:,} x {FEATURES}, batch {BATCH_SIZE}, {order}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 GDLIB, PEER, ROOF = "#1f6fb2", "#b5bcc4", "#444444"
@@ -45,8 +46,10 @@ def roofline(path: Path, points: Sequence[Point], peaks: dict[str, float], bandw
             bandwidth = bandwidths[threads]
             label = f"{threads}: {bandwidth:.1f} GB/s, {peak:.0f} GFLOP/s"
             axes.plot([left, peak / bandwidth, right], [left * bandwidth, peak, peak], style, color=ROOF, lw=1.2, label=label)
-        axes.legend(loc="lower right", frameon=False, title="measured in the same run")
-        axes.set(xscale="log", yscale="log", xlim=(left, right), title=title)
+        axes.legend(loc="upper left", frameon=False, title="measured in the same run", alignment="left")
+        low = 0.6 * min(left * min(bandwidths.values()), *(p.gflops for p in points))
+        high = 6 * max(peaks.values())  # above the roofs, where no point is, the legend has room
+        axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high), title=title)
         axes.set(xlabel="arithmetic intensity: flops for each byte read or written at least", ylabel="GFLOP/s")
         axes.grid(which="major", color="#e4e7ea", lw=0.6)
         axes.set_axisbelow(True)
@@ -82,8 +85,17 @@ def _number(axes: Any, points: Sequence[tuple[float, float]]) -> None:
         offset = next(filter(free, rings), rings[0])
         taken.append((at[0] + offset[0], at[1] + offset[1]))
         line = {"arrowstyle": "-", "color": ROOF, "lw": 0.4, "shrinkA": 0, "shrinkB": 2}
-        place = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 7}
-        axes.annotate(str(number), point, offset, arrowprops=line if math.hypot(*offset) > 10 else None, **place)
+        text = axes.annotate(
+            str(number),
+            point,
+            offset,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=7,
+            arrowprops=line if math.hypot(*offset) > 10 else None,
+        )
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])  # a roof that it lies on does not strike it out
 
 
 def bars(

@@ -54,7 +54,7 @@ FMA peak of {machine.plural(machine.THREADS)}, for 13-64-64-1 of one.
 THREADS_NOTE = """The limit is the FMA peak, for the largest descent the read bandwidth: what the machine itself gains by its threads.
 """
 SCALING_NOTE = """The exponent is the slope of the straight line through the logarithms of cost and size: 1 is proportional, -1 for threads.
-Few threads give few points, which a line meets exactly: no R^2. Where rows leave a cache, or a call's own cost counts, a line bends.
+Few threads give few points, which a line meets exactly: no R^2. Sizes begin where the work is more than the call.
 """
 
 

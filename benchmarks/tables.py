@@ -83,7 +83,9 @@ def aim_table(results: Results) -> str:
         found = aim.value(results)
         value, where = found if isinstance(found, tuple) else (found, "")
         measured = ["not measured", ""] if math.isnan(value) else [f"{digits(value)}{aim.unit}", "yes" if aim.reached(value) else "no"]
-        rows.append([aim.of and f"**{aim.of}**", aim.what, f"{aim.sign} {aim.bound:,g}{aim.unit}", *measured, where])
+        rows.append(
+            [aim.of and f"**{aim.of}**", aim.what, f"{aim.sign} {aim.bound:,g}{aim.unit}", *measured, "" if math.isnan(value) else where]
+        )
     return table(["Work", "aim", "wanted", "measured", "reached", "where"], rows)
 
 
