@@ -53,7 +53,7 @@ GROUPS = [
         "interpreter",
         [Contender(name, partial(importing, module=module)) for name, module in MODULES.items()],
         note="A fresh interpreter each time, from start to exit, with the files in the system's cache.",
-        rounds=15,
+        rounds=9,
     )
 ]
 

@@ -69,18 +69,19 @@ def gdlib_fit(problem: Regression) -> Run:
 
 def _group(rows: int, features: int, dtype: str) -> Group:
     size = rows * features * np.dtype(dtype).itemsize
-    numpy = partial(peers.numpy_loop, epochs=EPOCHS, lr=LR, batch_size=rows, shuffle=False)
-    pytorch = partial(peers.pytorch_loop, epochs=EPOCHS, lr=LR, batch_size=rows, batches="in order")
+    options: Any = {"epochs": EPOCHS, "lr": LR, "batch_size": rows}
     contenders = [
         Contender("gdlib fit", gdlib_fit, EPOCHS),
-        Contender("NumPy, two passes", numpy, EPOCHS),
-        *(Contender("PyTorch autograd", pytorch, EPOCHS, machine.plural(count), count) for count in machine.THREAD_COUNTS),
+        Contender("NumPy, two passes", partial(peers.numpy_loop, shuffle=False, **options), EPOCHS),
+        *peers.pytorch("PyTorch autograd", partial(peers.pytorch_loop, batches="in order", **options), EPOCHS),
+        *peers.pytorch("PyTorch by hand", partial(peers.pytorch_by_hand, shuffle=False, **options), EPOCHS),
         Contender("X itself read once", machine.reading(lambda problem: problem.X, machine.THREADS), limit=True),
         machine.bandwidth(machine.THREADS, size),
     ]
     note = f"A run is {EPOCHS} steps. X takes {size / 1e6:,.0f} MB; the bandwidth is that of {machine.large_bytes() / 1e6:,.0f} MB."
     title = f"Gradient descent, {rows:,} x {features:,} {dtype}"
-    return Group(title, "step", contenders, partial(problem, rows, features, dtype), check, note, size / 1e9, "GB")
+    problem_here = partial(problem, rows, features, dtype)
+    return Group(title, "step", contenders, problem_here, check, note, 4 * rows * features, size, "GB", dtype, rounds=7)
 
 
 GROUPS = [_group(*shape) for shape in SHAPES]

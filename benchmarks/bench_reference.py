@@ -62,13 +62,12 @@ def gdlib_loop(problem: Regression) -> Run:
     return run
 
 
-def _peer(name: str, function: Any, epochs: int = EPOCHS, variant: str = "", threads: int | None = None, **options: Any) -> Contender:
-    prepare = partial(function, epochs=epochs, lr=LR, batch_size=BATCH_SIZE, **options)
-    return Contender(name, prepare, epochs, variant, threads)
+def _peer(name: str, function: Any, epochs: int = EPOCHS, variant: str = "", **options: Any) -> Contender:
+    return Contender(name, partial(function, epochs=epochs, lr=LR, batch_size=BATCH_SIZE, **options), epochs, variant)
 
 
 def _pytorch(name: str, function: Any, **options: Any) -> list[Contender]:
-    return [_peer(name, function, SLOW_EPOCHS, machine.plural(threads), threads, **options) for threads in machine.THREAD_COUNTS]
+    return peers.pytorch(name, partial(function, epochs=SLOW_EPOCHS, lr=LR, batch_size=BATCH_SIZE, **options), SLOW_EPOCHS)
 
 
 GROUPS = [
@@ -90,7 +89,9 @@ GROUPS = [
         check,
         f"An epoch is {STEPS} steps (10,000 for scikit-learn, one for each row; {ROWS // BATCH_SIZE} for JAX). Every run starts with a new "
         f"model, and its final loss must be within 5 % of the noise floor. A run is {EPOCHS} epochs; PyTorch's, {SLOW_EPOCHS}.",
-        rounds=15,
+        FLOPS,
+        4 * ROWS * (FEATURES + 1),
+        rounds=9,
     )
 ]
 

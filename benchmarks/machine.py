@@ -11,14 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.measure import Contender, Group, Run, UnavailableError
-from gdlib.config import get_config
+from gdlib.config import get_config, set_num_threads
 
 SOURCE = r"""
 #include <cstddef>
@@ -139,6 +140,15 @@ def fma_peak(dtype: str, threads: int, wanted: float) -> Contender:
     return Contender(f"FMA peak, {dtype}, {plural(threads)}", prepare, FLOPS_PER_CALL * threads / wanted, limit=True)
 
 
+@contextmanager
+def gdlib_threads(count: int) -> Iterator[None]:
+    set_num_threads(count)
+    try:
+        yield
+    finally:
+        set_num_threads(THREADS)
+
+
 def fresh_interpreter(code: str) -> str:
     """What a new Python process with this one's import path prints."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -150,12 +160,9 @@ def plural(threads: int) -> str:
     return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
-GROUPS = [
-    Group("Read bandwidth", "GB", [bandwidth(threads, 1e9) for threads in THREAD_COUNTS], amount_unit="GB"),
-    Group(
-        "FMA peak",
-        "GFLOP",
-        [fma_peak(dtype, threads, 1e9) for dtype in ("float32", "float64") for threads in THREAD_COUNTS],
-        amount_unit="GFLOP",
-    ),
-]
+BANDWIDTH = Group("Read bandwidth", "GB", [bandwidth(threads, 1e9) for threads in THREAD_COUNTS], bytes=1e9, rate="GB")
+PEAKS = {
+    dtype: Group(f"FMA peak, {dtype}", "GFLOP", [fma_peak(dtype, threads, 1e9) for threads in THREAD_COUNTS], flops=1e9, rate="GFLOP")
+    for dtype in ("float32", "float64")
+}
+GROUPS = [BANDWIDTH, *PEAKS.values()]

@@ -5,9 +5,9 @@ The report and pytest-benchmark both run these same groups. Nothing here knows g
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
@@ -30,16 +30,12 @@ class Contender:
     prepare: Callable[[Any], Run]
     work: float = 1.0
     variant: str = ""  # one of several forms of the same contender: the report keeps the fastest
-    threads: int | None = None  # for PyTorch, where it is one setting for the whole process
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext  # a run's settings of the whole process: a number of threads
     limit: bool = False  # the machine's own: nothing to check, nothing to beat
 
     @property
     def label(self) -> str:
         return f"{self.name} ({self.variant})" if self.variant else self.name
-
-    def set_threads(self) -> None:
-        if self.threads is not None:
-            sys.modules["torch"].set_num_threads(self.threads)
 
 
 def unchecked(problem: Any, result: Any) -> None:
@@ -56,9 +52,15 @@ class Group:
     problem: Callable[[], Any] = lambda: None
     check: Callable[[Any, Any], None] = unchecked
     note: str = ""
-    amount: float = 1.0  # of `amount_unit` in one unit, for a rate
-    amount_unit: str = ""
+    flops: float = 0.0  # of one unit; 0: no figure for a roofline
+    bytes: float = 0.0  # that one unit must read or write at least: each array once
+    rate: str = ""  # what a rate counts: "GFLOP", "GB", or nothing
+    dtype: str = "float32"
     rounds: int = 9
+
+    @property
+    def amount(self) -> float:
+        return {"GFLOP": self.flops, "GB": self.bytes}.get(self.rate, 0.0) / 1e9
 
     def validate(self, contender: Contender) -> Run:
         """What is timed, after one run whose result has been checked. Raises AssertionError, UnavailableError."""
@@ -66,8 +68,8 @@ class Group:
             run = contender.prepare(self.problem())
         except ModuleNotFoundError as error:
             raise UnavailableError(f"{error.name} is not installed") from None
-        contender.set_threads()
-        result = run()
+        with contender.around():
+            result = run()
         if not contender.limit:
             self.check(self.problem(), result)
         return run
@@ -101,15 +103,18 @@ def measure(group: Group, rounds: int) -> list[Timing]:
         except UnavailableError as reason:
             timing.missing = str(reason)
             continue
-        begin = time.perf_counter()
-        run()
-        ready.append((timing, run, max(1, math.ceil(LEAST_SECONDS / (time.perf_counter() - begin)))))
+        with timing.contender.around():
+            begin = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - begin
+        ready.append((timing, run, max(1, math.ceil(LEAST_SECONDS / seconds))))
     for _ in range(rounds):
         for timing, run, calls in ready:
-            timing.contender.set_threads()
-            time.sleep(REST_SECONDS)
-            begin = time.perf_counter()
-            for _ in repeat(None, calls):
-                run()
-            timing.samples.append((time.perf_counter() - begin) / calls / timing.contender.work)
+            with timing.contender.around():
+                time.sleep(REST_SECONDS)
+                begin = time.perf_counter()
+                for _ in repeat(None, calls):
+                    run()
+                seconds = time.perf_counter() - begin
+            timing.samples.append(seconds / calls / timing.contender.work)
     return timings

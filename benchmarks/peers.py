@@ -4,12 +4,16 @@ Each function prepares arrays and compiled code outside the timing, and returns 
 (weight, bias) for the check. A peer is imported when it is prepared, so that one that is not installed is only left out.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Run
+from benchmarks import machine
+from benchmarks.measure import Contender, Run
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,31 @@ class Regression:
     X: np.ndarray[Any, Any]
     y: np.ndarray[Any, Any]
     right: Any = None
+
+
+@contextmanager
+def pytorch_threads(count: int) -> Iterator[None]:
+    import torch
+
+    torch.set_num_threads(count)  # one setting for the whole process
+    yield
+
+
+@contextmanager
+def inference_mode(threads: int = machine.THREADS) -> Iterator[None]:
+    """Around the runs: as a decorator it would cost each of them a microsecond."""
+    import torch
+
+    with pytorch_threads(threads), torch.inference_mode():
+        yield
+
+
+def pytorch(name: str, prepare: Any, work: float = 1.0, form: str = "", around: Any = pytorch_threads) -> list[Contender]:
+    """With one thread and with all: the report keeps the faster."""
+    return [
+        Contender(name, prepare, work, ", ".join(filter(None, [form, machine.plural(threads)])), partial(around, threads))
+        for threads in machine.THREAD_COUNTS
+    ]
 
 
 def pytorch_loop(problem: Regression, epochs: int, lr: float, batch_size: int, batches: str) -> Run:
@@ -52,17 +81,17 @@ def pytorch_loop(problem: Regression, epochs: int, lr: float, batch_size: int, b
     return run
 
 
-def pytorch_by_hand(problem: Regression, epochs: int, lr: float, batch_size: int) -> Run:
+def pytorch_by_hand(problem: Regression, epochs: int, lr: float, batch_size: int, shuffle: bool = True) -> Run:
     """The gradient written out, without autograd and modules."""
     import torch
 
     X, y = torch.from_numpy(problem.X), torch.from_numpy(problem.y[:, 0])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run() -> Any:
-        weight, bias = torch.zeros(X.shape[1]), torch.zeros(())
+        weight, bias = torch.zeros(X.shape[1], dtype=X.dtype), torch.zeros((), dtype=X.dtype)
         for _ in range(epochs):
-            order = torch.randperm(len(X))
+            order = torch.randperm(len(X)) if shuffle else slice(None)
             for x, target in zip(X[order].split(batch_size), y[order].split(batch_size), strict=True):
                 residual = torch.mv(x, weight).add_(bias).sub_(target)
                 _loss = torch.dot(residual, residual) / len(residual)
@@ -100,14 +129,15 @@ def numpy_loop(problem: Regression, epochs: int, lr: float, batch_size: int, shu
     return run
 
 
-def sklearn_sgd(problem: Regression, epochs: int, lr: float, batch_size: int, dtype: str) -> Run:
+def sklearn_sgd(problem: Regression, epochs: int, lr: float, batch_size: int, dtype: str, shuffle: bool = True) -> Run:
     """SGDRegressor steps after every row; eta0 = 2 lr / batch_size makes an epoch the same length of descent."""
     from sklearn.linear_model import SGDRegressor
 
-    X, y = problem.X.astype(dtype), problem.y[:, 0].astype(dtype)
+    X, y = problem.X.astype(dtype, copy=False), problem.y[:, 0].astype(dtype)
+    options: Any = {"penalty": None, "learning_rate": "constant", "tol": None, "random_state": 0}
 
     def run() -> Any:
-        model = SGDRegressor(penalty=None, learning_rate="constant", eta0=2 * lr / batch_size, max_iter=epochs, tol=None, random_state=0)
+        model = SGDRegressor(eta0=2 * lr / batch_size, max_iter=epochs, shuffle=shuffle, **options)
         model.fit(X, y)
         return model.coef_, model.intercept_
 

@@ -1,0 +1,81 @@
+"""One epoch of stochastic gradient descent on a matrix larger than a cache, in order and shuffled, beside one reading of X by one core."""
+
+import functools
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import gdlib
+from benchmarks import machine, peers
+from benchmarks.bench_gradient_descent import BLOCK, data
+from benchmarks.measure import Contender, Group, Run, UnavailableError
+from benchmarks.peers import Regression
+
+ROWS, FEATURES, BATCH_SIZE, LR = 1_000_000, 100, 256, 0.05
+STEPS = -(-ROWS // BATCH_SIZE)
+BYTES = 4 * ROWS * FEATURES
+
+
+@functools.lru_cache(maxsize=1)
+def problem() -> Regression:
+    """`right` is the loss of the least-squares fit, by the normal equations in float64."""
+    if machine.free_bytes() < 6 * BYTES:  # scikit-learn's float64, and the shuffled copies of NumPy and PyTorch
+        raise UnavailableError(f"{6 * BYTES / 1e9:.1f} GB are too much for the free memory")
+    given = data(ROWS, FEATURES, "float32")
+    gram, moment, square = np.zeros((FEATURES + 1, FEATURES + 1)), np.zeros(FEATURES + 1), 0.0
+    for begin in range(0, ROWS, BLOCK):
+        x = np.insert(given.X[begin : begin + BLOCK].astype(np.float64), FEATURES, 1, axis=1)
+        y = given.y[begin : begin + BLOCK, 0].astype(np.float64)
+        gram += x.T @ x
+        moment += x.T @ y
+        square += float(y @ y)
+    return Regression(given.X, given.y, right=(square - float(moment @ np.linalg.solve(gram, moment))) / ROWS)
+
+
+def check(problem: Regression, parameters: Any) -> None:
+    """The loss over all rows is within 5 % of that of the least-squares fit."""
+    weight, bias = (np.asarray(value, np.float32).ravel() for value in parameters)
+    loss = float(np.mean((problem.X @ weight + bias - problem.y[:, 0]).astype(np.float64) ** 2))
+    assert loss <= 1.05 * problem.right, f"the final loss is {loss:.4g}; at most 1.05 * {problem.right:.4g} is right"
+
+
+def gdlib_fit(problem: Regression, shuffle: bool) -> Run:
+    def run() -> Any:
+        model = gdlib.Linear(FEATURES, 1, seed=0)
+        optimizer, loss = gdlib.SGD(model.parameters(), lr=LR), gdlib.MSELoss()
+        gdlib.fit(model, problem.X, problem.y, loss=loss, optimizer=optimizer, epochs=1, batch_size=BATCH_SIZE, shuffle=shuffle, seed=0)
+        return [parameter.data for parameter in model.parameters()]
+
+    return run
+
+
+def _group(shuffle: bool) -> Group:
+    options: Any = {"epochs": 1, "lr": LR, "batch_size": BATCH_SIZE}
+    fit = partial(gdlib_fit, shuffle=shuffle)
+    contenders = [
+        Contender("gdlib fit", fit),
+        Contender("gdlib fit, 1 thread", fit, around=partial(machine.gdlib_threads, 1)),
+        *(
+            Contender(f"scikit-learn {dtype}", partial(peers.sklearn_sgd, dtype=dtype, shuffle=shuffle, **options))
+            for dtype in ("float32", "float64")
+        ),
+        Contender("NumPy loop", partial(peers.numpy_loop, shuffle=shuffle, **options)),
+        *peers.pytorch("PyTorch loop", partial(peers.pytorch_loop, batches="shuffled" if shuffle else "in order", **options)),
+        *peers.pytorch("PyTorch by hand", partial(peers.pytorch_by_hand, shuffle=shuffle, **options)),
+        *([] if shuffle else [Contender("JAX jit(scan)", partial(peers.jax_scan, **options))]),
+        machine.bandwidth(1, BYTES),
+    ]
+    note = (
+        f"An epoch is {STEPS:,} steps of {BATCH_SIZE} rows ({ROWS:,} of one row for scikit-learn), from a fresh model; the loss at its end "
+        "must be within 5 % of the noise floor. The limit is one core's: a batch is too little work to share."
+    )
+    order = "shuffled" if shuffle else "in order"
+    title = f"SGD epoch, {ROWS:,} x {FEATURES}, batch {BATCH_SIZE}, {order}"
+    return Group(title, "epoch", contenders, problem, check, note, 4 * ROWS * FEATURES, BYTES, "GB", rounds=5)
+
+
+IN_ORDER, SHUFFLED = GROUPS = [_group(False), _group(True)]
+
+
+def test_sgd(time_contender: None) -> None: ...

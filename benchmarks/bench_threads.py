@@ -1,0 +1,95 @@
+"""One thread and all of them, from sizes where a second thread cannot pay to sizes where it must; beside what the machine itself gains."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from benchmarks import bench_gemm, bench_gradient_descent, bench_networks, bench_reference, machine, peers
+from benchmarks.bench_gemm import FORWARD, GRADIENTS, Layer
+from benchmarks.measure import Contender, Group, Run
+
+WIDTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of Linear(n, n) on n rows
+LEAST_COMPUTE_BOUND = 512  # its products take milliseconds, a thousand times what a barrier does
+LEAST_BANDWIDTH_BOUND = 64_000_000  # bytes; less may stay in a cache from step to step
+DESCENTS = ((1_000, 10), (10_000, 10), (100_000, 10), (10_000, 100), (200_000, 100))  # rows, features
+
+
+@dataclass(frozen=True)
+class Work:
+    name: str
+    group: Group
+    compute_bound: bool  # its time must fall with every thread; the others must only not lose
+
+
+def label(threads: int) -> str:
+    return f"gdlib, {machine.plural(threads)}"
+
+
+def by_threads(prepare: Any, work: float = 1.0) -> list[Contender]:
+    return [Contender(label(threads), prepare, work, around=partial(machine.gdlib_threads, threads)) for threads in machine.THREAD_COUNTS]
+
+
+def gdlib_products(layer: Layer) -> Run:
+    forward, gradients = bench_gemm.linear_forward(layer), bench_gemm.linear_gradients(layer)
+    return lambda: (forward(), gradients())
+
+
+def pytorch_products(layer: Layer) -> Run:
+    forward, gradients = (bench_gemm.pytorch_layer(layer, part) for part in (FORWARD, GRADIENTS))
+    return lambda: (forward(), gradients())
+
+
+def check_products(layer: Layer, results: Any) -> None:
+    for part, result in zip((FORWARD, GRADIENTS), results, strict=True):
+        bench_gemm.check(part, layer, result)
+
+
+def _products(width: int) -> Work:
+    flops = 6.0 * width**3
+    contenders = [
+        *by_threads(gdlib_products),
+        *(
+            Contender(f"PyTorch, {machine.plural(threads)}", pytorch_products, around=partial(peers.inference_mode, threads))
+            for threads in machine.THREAD_COUNTS
+        ),
+        *(machine.fma_peak("float32", threads, flops) for threads in machine.THREAD_COUNTS),
+    ]
+    problem = partial(bench_gemm.problem, width, width, width, "float32")
+    name = f"Linear({width}, {width}), {width} rows: forward and gradients"
+    return Work(name, Group(f"Threads: {name}", "call", contenders, problem, check_products), width >= LEAST_COMPUTE_BOUND)
+
+
+def _descent(rows: int, features: int) -> Work:
+    name = f"gradient descent, {rows:,} x {features}"
+    contenders = by_threads(bench_gradient_descent.gdlib_fit, bench_gradient_descent.EPOCHS)
+    if (moved := 4 * rows * features) >= LEAST_BANDWIDTH_BOUND:
+        contenders += [machine.bandwidth(threads, moved) for threads in machine.THREAD_COUNTS]
+    problem = partial(bench_gradient_descent.problem, rows, features, "float32")
+    return Work(name, Group(f"Threads: {name}", "step", contenders, problem, bench_gradient_descent.check), False)
+
+
+def _reference() -> Work:
+    contenders = by_threads(bench_reference.gdlib_fit, bench_reference.EPOCHS)
+    group = Group("Threads: reference program", "epoch", contenders, bench_reference.problem, bench_reference.check)
+    return Work("reference program", group, False)
+
+
+def _network(widths: tuple[int, ...], batch_size: int, steps: int) -> Work:
+    flops, _ = bench_networks.flops_and_bytes(widths, batch_size)
+    contenders = by_threads(bench_networks.gdlib_fit, steps)
+    contenders += [machine.fma_peak("float32", threads, flops) for threads in machine.THREAD_COUNTS]
+    name = f"network {'-'.join(map(str, widths))}, batch {batch_size}"
+    problem = partial(bench_networks.problem, widths, batch_size, steps)
+    return Work(name, Group(f"Threads: {name}", "step", contenders, problem, bench_networks.check), widths[0] >= LEAST_COMPUTE_BOUND)
+
+
+WORKS = [
+    *(_products(width) for width in WIDTHS),
+    *(_descent(*shape) for shape in DESCENTS),
+    _reference(),
+    *(_network(*network) for network in bench_networks.NETWORKS),
+]
+GROUPS = [work.group for work in WORKS]
+
+
+def test_threads(time_contender: None) -> None: ...
