@@ -1,0 +1,84 @@
+"""Many steps in one kernel call, for one output and few features: the same run as step by step, for every option of the update."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from gdlib import _core
+from tests.kernels.guarded import Guarded, poisoned, values
+
+OPTIONS = [  # lr, momentum, dampening, weight_decay, nesterov, maximize, first_step
+    (0.004, 0.0, 0.0, 0.0, False, False, True),
+    (0.004, 0.0, 0.0, 0.3, False, True, True),
+    (0.004, 0.9, 0.0, 0.1, False, False, True),
+    (0.004, 0.9, 0.2, 0.1, False, False, False),
+    (0.004, 0.8, 0.0, 0.0, True, False, True),
+]
+
+
+def train(x, target, parameters, momentum, has_bias, ranges, batch_size, seeds, mean=True, steps=None):
+    losses = np.zeros(3)
+    steps = steps or 3 * -(-len(x) // batch_size)
+    layers = [("linear", x.shape[1], 1, has_bias)]
+    args = (x, target, parameters, momentum, layers, ranges, batch_size, seeds, 0, steps, mean, 0.0, losses)
+    return *_core.train(*args), losses
+
+
+def problem(rows, features, dtype, has_bias):
+    rng = np.random.default_rng(features)
+    x = poisoned(values(rng, (rows, features), dtype), row_gap=1)
+    return x, poisoned(values(rng, (rows, 1), dtype)), values(rng, features + has_bias, dtype), values(rng, features + has_bias, dtype)
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_same_as_step_by_step(isa, dtype, options, has_bias):
+    """Two ranges with equal options are the same update, and take the way of a visit to each batch."""
+    seeds = np.array([1, 2, 3], np.uint64)
+    for features, batch_size in itertools.product((1, 2, 3, 5, 6, 7, 13, 14, 15, 16, 29, 30, 31, 45, 62), (1, 7, 16, 37)):
+        x, target, start, buffer = problem(40, features, dtype, has_bias)
+        results = []
+        n = start.size
+        for ranges in ([(0, n, *options)], [(0, n // 2, *options), (n // 2, n, *options)]):
+            parameters, momentum = Guarded(start), Guarded(buffer)
+            order = seeds if features % 2 else None
+            stop, _, losses = train(x, target, parameters.array, momentum.array, has_bias, ranges, batch_size, order, mean=bool(batch_size % 2))
+            assert stop == "finished"
+            parameters.check()
+            momentum.check()
+            results.append((parameters.array, momentum.array if options[1] else buffer, losses))
+        what = f"{features} features in batches of {batch_size}"
+        rtol = 2e-4 if dtype == np.float32 else 1e-11
+        for got, wanted in zip(*results, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=rtol, atol=rtol * np.abs(wanted).max(), err_msg=what)
+
+
+def test_a_run_may_be_cut_anywhere(isa, dtype):
+    """First and last step are free: the same bits in one call and in several."""
+    x, target, start, _ = problem(100, 10, dtype, True)
+    options = (0.01, 0.5, 0.0, 0.0, False, False)
+    whole, buffer = start.copy(), np.zeros_like(start)
+    train(x, target, whole, buffer, True, [(0, 11, *options, True)], 8, None)
+    pieces, piece_buffer, losses = start.copy(), np.zeros_like(start), np.zeros(3)
+    for first, last in itertools.pairwise((0, 1, 5, 14, 39)):
+        ranges = [(0, 11, *options, first == 0)]
+        args = (x, target, pieces, piece_buffer, [("linear", 10, 1, True)], ranges, 8, None, first, last, True, 0.0, losses)
+        assert _core.train(*args) == ("finished", last)
+    assert pieces.tobytes() == whole.tobytes()
+    assert piece_buffer.tobytes() == buffer.tobytes()
+
+
+def test_it_stops_before_a_step_whose_loss_is_not_finite(isa, dtype):
+    x, target, start, _ = problem(40, 10, dtype, True)
+    bad = x.copy()
+    bad[17, 3] = np.nan
+    wanted = start.copy()
+    ranges = [(0, 11, *OPTIONS[0])]
+    stop, steps, losses = train(x, target, wanted, None, True, ranges, 8, None, steps=2)
+    assert (stop, steps) == ("finished", 2)
+    got = start.copy()
+    stop, steps, bad_losses = train(bad, target, got, None, True, ranges, 8, None)
+    assert (stop, steps) == ("non_finite", 2)
+    assert got.tobytes() == wanted.tobytes()
+    assert bad_losses[0] == losses[0]
