@@ -127,7 +127,8 @@ def blas() -> str:
     return ", ".join(f"{item['internal_api']} {item['version']}, {item.get('architecture', 'unnamed')} kernels" for item in libraries)
 
 
-def machine_table(results: Results, products: str) -> str:
+def machine_table(results: Results, products: str, load: float) -> str:
+    """`load`: how many processes others ran when the run began. Figures of several threads say little unless it was near 0."""
     cpuinfo, config = Path("/proc/cpuinfo"), get_config()
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -135,7 +136,7 @@ def machine_table(results: Results, products: str) -> str:
     size = f"{footprint.installed_bytes() / 1e6:.2f} MB on disk"
     limits = ((group, name, timing) for group in machine.GROUPS for name, timing in results[group.title].items())
     rows = [
-        ["CPU", f"{cpu} ({platform.machine()}), {machine.plural(machine.THREADS)}"],
+        ["CPU", f"{cpu} ({platform.machine()}), {machine.plural(machine.THREADS)}; load before the run {load:.2f}"],
         *([name, rate(group, timing) or timing.missing] for group, name, timing in limits),
         ["gdlib", f"{gdlib.__version__}: {config['isa']} kernels, compiler {config['compiler']}; {size}"],
         ["peers", ", ".join([f"Python {platform.python_version()}", *versions])],
