@@ -35,8 +35,6 @@ of each contender is checked before it is timed. Then all contenders of a table,
 the figures are medians, and ratios and shares are medians of those of each turn. PyTorch runs with one thread and with all, and in several
 forms, NumPy too: the fastest counts. Absolute times are this machine's: compare ratios.
 """
-
-
 ROOFLINE_NOTE = """A point of a roofline is a work of this page: its rate, and the flops that it does for each byte which it must read or
 write at least. What fits a cache can stand above the slope, which is that of memory.
 """

@@ -90,6 +90,8 @@ def aim_table(results: Results) -> str:
 
 
 def threads_table(results: Results) -> str:
+    if machine.THREADS == 1:
+        return "One thread is all that this machine has: there is nothing to compare.\n"
     rows = []
     for work in threads.WORKS:
         timings = results[work.group.title]
@@ -97,10 +99,8 @@ def threads_table(results: Results) -> str:
         limits = [timing for timing in timings.values() if timing.contender.limit and timing.samples]
         own_gain = times(limits[0].over(limits[-1])) if len(limits) > 1 else ""
         peer = [timings[f"PyTorch, {machine.plural(count)}"] for count in (1, machine.THREADS)] if "PyTorch, 1 thread" in timings else []
-        rows.append(
-            [work.name, duration(one), duration(more), times(aims.gain(results, work)), times(peer[0].over(peer[1])) if peer else ""]
-        )
-        rows[-1].append(own_gain)
+        peer_gain = times(peer[0].over(peer[1])) if peer else ""
+        rows.append([work.name, duration(one), duration(more), times(aims.gain(results, work)), peer_gain, own_gain])
     header = ["Threads", "1 thread", machine.plural(machine.THREADS), "gain", "PyTorch's gain", "the limit's gain"]
     return table(header, rows)
 
