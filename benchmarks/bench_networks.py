@@ -24,8 +24,8 @@ NETWORKS = (
     ((1024, 1024, 1024, 1024), 512, 4),
 )
 LR = 0.05
-# Of the way that each array of parameters has gone in float64. Rounding takes 1e-5; a hidden unit that is off for one row instead of on, its
-# input being next to zero, some 1e-3; a gradient that is wrong or missing, 1.
+# Of the way that each array of parameters has gone in float64. Rounding takes 1e-5; a hidden unit that is off for a row instead of on,
+# as its input is next to zero, some 1e-3; a gradient that is wrong or missing, 1.
 TOLERANCE = 1e-2
 
 
