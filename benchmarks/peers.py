@@ -144,8 +144,11 @@ def sklearn_sgd(problem: Regression, epochs: int, lr: float, batch_size: int, dt
     return run
 
 
-def jax_scan(problem: Regression, epochs: int, lr: float, batch_size: int) -> Run:
-    """An epoch of full batches in order as one compiled scan: no shuffling, and the rows of an incomplete batch are left out."""
+def jax_scan(problem: Regression, epochs: int, lr: float, batch_size: int, epochs_a_call: int = 1) -> Run:
+    """An epoch of full batches in order as one compiled scan: no shuffling, and the rows of an incomplete batch are left out.
+
+    Several epochs a call are a scan of scans.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -161,13 +164,13 @@ def jax_scan(problem: Regression, epochs: int, lr: float, batch_size: int) -> Ru
         return jax.tree.map(lambda p, g: p - lr * g, parameters, gradient), value
 
     @jax.jit
-    def epoch(parameters: Any, X: Any, y: Any) -> Any:
-        return jax.lax.scan(step, parameters, (X, y))
+    def call(parameters: Any, X: Any, y: Any) -> Any:
+        return jax.lax.scan(lambda before, _: jax.lax.scan(step, before, (X, y)), parameters, length=epochs_a_call)
 
     def run() -> Any:
         parameters: Any = (jnp.zeros(X.shape[2]), jnp.zeros(()))
-        for _ in range(epochs):
-            parameters, _losses = epoch(parameters, X, y)
+        for _ in range(epochs // epochs_a_call):
+            parameters, _losses = call(parameters, X, y)
         parameters = jax.block_until_ready(parameters)
         return np.asarray(parameters[0]), np.asarray(parameters[1])
 

@@ -144,6 +144,10 @@ class Growth:
     seconds: dict[str, list[float]]  # by contender
 
 
+def _binary(size: float) -> str:
+    return f"{size:,}" if size < 2**14 else f"{size / 2**10:,.0f}k" if size < 2**20 else f"{size / 2**20:,.0f}M"
+
+
 def scaling(path: Path, growths: Sequence[Growth]) -> None:
     """Points, and a line of exponent 1 (for threads, -1) through gdlib's last one."""
     with picture(path, 10.5, 6.8) as figure:
@@ -160,7 +164,7 @@ def scaling(path: Path, growths: Sequence[Growth]) -> None:
             axes.set(xscale="log", yscale="log")
             axes.set_title(f"time against {growth.name}", fontsize=9.5)
             axes.set_xlabel(growth.what, fontsize=7.5)
-            axes.set_xticks(sizes, [f"{size:,}" if size < 10_000 else f"{size / 1024:,.0f}k" for size in sizes], fontsize=7)
+            axes.set_xticks(sizes, [_binary(size) for size in sizes], fontsize=7)
             axes.set_xticks([], minor=True)
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(EngFormatter("s"))

@@ -35,8 +35,6 @@ of each contender is checked before it is timed. Then all contenders of a table,
 the figures are medians, and ratios and shares are medians of those of each turn. PyTorch runs with one thread and with all, and in several
 forms, NumPy too: the fastest counts. Absolute times are this machine's: compare ratios.
 """
-
-
 ROOFLINE_NOTE = """A point of a roofline is a work of this page: its rate, and the flops that it does for each byte which it must read or
 write at least. What fits a cache can stand above the slope, which is that of memory.
 """
@@ -58,7 +56,7 @@ Few threads give few points, which a line meets exactly: no R^2. Sizes begin whe
 """
 
 
-def page(results: Results, products: str, picture: str) -> str:
+def page(results: Results, products: str, load: float, picture: str) -> str:
     """`picture` is the Markdown that shows one, with a place for its name."""
 
     def each(groups: list[Group]) -> str:
@@ -77,7 +75,7 @@ def page(results: Results, products: str, picture: str) -> str:
             show("ratios", "gdlib beside its best peer, work by work"),
             part(
                 "The machine and its limits",
-                machine_table(results, products),
+                machine_table(results, products, load),
                 ROOFLINE_NOTE,
                 show("roofline-float32", "Roofline, float32"),
                 show("roofline-float64", "Roofline, float64"),
@@ -103,9 +101,9 @@ def main() -> None:
     if any(pin in os.environ for pin in PINS):  # read when NumPy is loaded, so that only a new process can be without them
         print(f"starting again without {' and '.join(PINS)}", flush=True)
         os.execve(sys.executable, sys.orig_argv, {name: value for name, value in os.environ.items() if name not in PINS})
-    begin, products = time.perf_counter(), blas()
+    begin, products, load = time.perf_counter(), blas(), os.getloadavg()[0]
     results = run(GROUPS, lambda group: QUICK_ROUNDS if options.quick else group.rounds)
-    text = page(results, products, "![{what}](benchmarks-{name}.svg)")
+    text = page(results, products, load, "![{what}](benchmarks-{name}.svg)")
     print(text)
     if not options.quick:
         (options.output / "benchmarks.md").write_text(text)

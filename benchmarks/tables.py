@@ -90,6 +90,8 @@ def aim_table(results: Results) -> str:
 
 
 def threads_table(results: Results) -> str:
+    if machine.THREADS == 1:
+        return "One thread is all that this machine has: there is nothing to compare.\n"
     rows = []
     for work in threads.WORKS:
         timings = results[work.group.title]
@@ -97,10 +99,8 @@ def threads_table(results: Results) -> str:
         limits = [timing for timing in timings.values() if timing.contender.limit and timing.samples]
         own_gain = times(limits[0].over(limits[-1])) if len(limits) > 1 else ""
         peer = [timings[f"PyTorch, {machine.plural(count)}"] for count in (1, machine.THREADS)] if "PyTorch, 1 thread" in timings else []
-        rows.append(
-            [work.name, duration(one), duration(more), times(aims.gain(results, work)), times(peer[0].over(peer[1])) if peer else ""]
-        )
-        rows[-1].append(own_gain)
+        peer_gain = times(peer[0].over(peer[1])) if peer else ""
+        rows.append([work.name, duration(one), duration(more), times(aims.gain(results, work)), peer_gain, own_gain])
     header = ["Threads", "1 thread", machine.plural(machine.THREADS), "gain", "PyTorch's gain", "the limit's gain"]
     return table(header, rows)
 
@@ -127,7 +127,8 @@ def blas() -> str:
     return ", ".join(f"{item['internal_api']} {item['version']}, {item.get('architecture', 'unnamed')} kernels" for item in libraries)
 
 
-def machine_table(results: Results, products: str) -> str:
+def machine_table(results: Results, products: str, load: float) -> str:
+    """`load`: how many processes others ran when the run began. Figures of several threads say little unless it was near 0."""
     cpuinfo, config = Path("/proc/cpuinfo"), get_config()
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -135,7 +136,7 @@ def machine_table(results: Results, products: str) -> str:
     size = f"{footprint.installed_bytes() / 1e6:.2f} MB on disk"
     limits = ((group, name, timing) for group in machine.GROUPS for name, timing in results[group.title].items())
     rows = [
-        ["CPU", f"{cpu} ({platform.machine()}), {machine.plural(machine.THREADS)}"],
+        ["CPU", f"{cpu} ({platform.machine()}), {machine.plural(machine.THREADS)}; load before the run {load:.2f}"],
         *([name, rate(group, timing) or timing.missing] for group, name, timing in limits),
         ["gdlib", f"{gdlib.__version__}: {config['isa']} kernels, compiler {config['compiler']}; {size}"],
         ["peers", ", ".join([f"Python {platform.python_version()}", *versions])],
