@@ -98,8 +98,9 @@ Array backward(const Array& g, const Array& x, const Array& weight, const Array&
     require_apart<T>(weights.data, weights.size, "weight.grad", output.data, output.size, "the gradient");
     {
       const WithoutGil released;
-      linear_backward<T>(rows.rows, layer.in_features, layer.out_features, output.data, rows.data, rows.stride, layer.weight,
-                         weights.data, bias, input);
+      linear_input_gradient<T>(rows.rows, layer.in_features, layer.out_features, output.data, layer.weight, input);
+      linear_weight_gradient<T>(rows.rows, layer.in_features, layer.out_features, output.data, rows.data, rows.stride, true, weights.data,
+                                bias);
     }
     return result;
   });

@@ -5,10 +5,9 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
-#include <type_traits>
 
 #include "aligned.h"
+#include "visitor.h"
 
 namespace gdlib {
 
@@ -39,24 +38,9 @@ class PackedMatrix {
   AlignedVector<T> data_;
 };
 
-// What is done to a block of C, c[row ... row + rows, col ... col + cols], once its sums are complete and while it is in a cache, by the
-// thread that computed it. Refers to a callable that outlives the product.
-class BlockVisitor {
- public:
-  BlockVisitor() = default;
-  template <class Callable, class = std::enable_if_t<!std::is_same_v<std::decay_t<Callable>, BlockVisitor>>>
-  BlockVisitor(const Callable& callable)
-      : callable_(std::addressof(callable)), call_([](const void* object, std::size_t row, std::size_t rows, std::size_t col, std::size_t cols) {
-          (*static_cast<const Callable*>(object))(row, rows, col, cols);
-        }) {}
-
-  explicit operator bool() const { return call_ != nullptr; }
-  void operator()(std::size_t row, std::size_t rows, std::size_t col, std::size_t cols) const { call_(callable_, row, rows, col, cols); }
-
- private:
-  const void* callable_ = nullptr;
-  void (*call_)(const void*, std::size_t, std::size_t, std::size_t, std::size_t) = nullptr;
-};
+// What is done to a block of C, c[row ... row + rows, col ... col + cols], given (row, rows, col, cols): once its sums are complete, while
+// it is in a cache, by the thread that computed it.
+using BlockVisitor = Visitor<std::size_t, std::size_t, std::size_t, std::size_t>;
 
 // One product. Where chains of additions start: at the bias of the column, at what c holds, or at zero.
 template <class T>

@@ -5,143 +5,175 @@
 #include <vector>
 
 #include "../dispatch/dispatch.h"
+#include "caches.h"
 #include "gemm.h"
 #include "random.h"
 
 namespace gdlib {
 namespace {
 
-// Below this, a vector of outputs would be mostly empty: rows are folded by the kernels for few outputs instead.
-constexpr std::size_t few_outputs = 8;
-
-// Rows of one task of a layer with few outputs: about 512 KiB, so that handing it out (under 1 us) does not count and its gradient stays
-// in cache; at least 64, so that the tasks' gradients together stay under 1/64 of x for each output.
-std::size_t rows_per_task(std::size_t in_features, std::size_t element_bytes) {
+// Rows of one task: about 512 KiB, so that handing it out (under 1 us) does not count and its gradient stays in cache; at least 64 for
+// each output, so that the tasks' gradients together stay under 1/64 of x.
+std::size_t rows_per_task(std::size_t in_features, std::size_t out_features, std::size_t element_bytes) {
   constexpr std::size_t task_bytes = 512 << 10;
   const std::size_t rows = task_bytes / std::max<std::size_t>(1, in_features * element_bytes);
-  return std::max<std::size_t>(64, rows / 64 * 64);
+  return std::max<std::size_t>(out_features < few_outputs ? 64 : 64 * out_features, rows / 64 * 64);
 }
 
-// Rows that GEMM takes at a time where the outputs are many: about 512 KiB of outputs, at least 64.
-std::size_t rows_per_product(std::size_t out_features, std::size_t element_bytes) {
-  constexpr std::size_t product_bytes = 512 << 10;
-  return std::max<std::size_t>(64, product_bytes / (out_features * element_bytes) / 64 * 64);
-}
+// Gradients of at most so many elements are computed by each task for itself, and added: 256 KiB in float32 stay in L2 next to the rows.
+constexpr std::size_t most_partial = 1 << 16;
+
+// The longest chain of additions in T over the rows of a gradient: more would lose small terms in a large sum, so that the sums of
+// shorter chains meet in double.
+constexpr std::size_t most_chain = 1 << 14;
 
 std::size_t ceil_divide(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
 
-// total[n] = the partial vectors in order, carried in double.
+// total[n] (+)= the partial vectors in order, carried in double.
 template <class T>
-void sum_partials(std::size_t count, std::size_t n, const T* partials, T* total) {
+void sum_partials(std::size_t count, std::size_t n, const T* partials, bool accumulate, T* total) {
   for (std::size_t i = 0; i < n; ++i) {
-    double sum = 0.0;
+    double sum = accumulate ? static_cast<double>(total[i]) : 0.0;
     for (std::size_t k = 0; k < count; ++k) sum += static_cast<double>(partials[k * n + i]);
     total[i] = static_cast<T>(sum);
   }
 }
 
+// weight_gradient[out, in] (+)= g[rows, out]^T x[rows, in], one chain over the rows for each element.
+template <class T>
+void weight_product(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x, std::size_t x_stride,
+                    bool accumulate, T* weight_gradient, BlockVisitor finish, bool serial) {
+  Product<T> p{out_features, in_features, rows, {g, 1, out_features}, {x, x_stride, 1}};
+  p.accumulate = accumulate;
+  p.c = weight_gradient;
+  p.c_stride = in_features;
+  p.finish = finish;
+  gemm(p, serial);
+}
+
+// The same in parts whose chains are not too long: on one thread each, where a part's gradient is small, else one after the other.
+template <class T>
+void weight_product_in_parts(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
+                             std::size_t x_stride, T* weight_gradient) {
+  const std::size_t n = in_features * out_features, parts = ceil_divide(rows, most_chain);
+  const auto part = [&](std::size_t i, T* into, bool serial) {
+    const std::size_t begin = i * most_chain;
+    weight_product(std::min(most_chain, rows - begin), in_features, out_features, g + begin * out_features, x + begin * x_stride, x_stride,
+                   false, into, {}, serial);
+  };
+  if (n <= most_partial / 4) {
+    AlignedVector<T> partials(parts * n);
+    parallel_for(parts, [&](std::size_t i, std::size_t) { part(i, partials.data() + i * n, true); });
+    return sum_partials(parts, n, partials.data(), true, weight_gradient);
+  }
+  std::vector<double> sums(weight_gradient, weight_gradient + n);
+  AlignedVector<T> one(n);
+  for (std::size_t i = 0; i < parts; ++i) {
+    part(i, one.data(), false);
+    for (std::size_t k = 0; k < n; ++k) sums[k] += static_cast<double>(one[k]);
+  }
+  for (std::size_t k = 0; k < n; ++k) weight_gradient[k] = static_cast<T>(sums[k]);
+}
+
 // total[cols] += column sums of g[rows, cols]: in T over some rows, the rest in double.
 template <class T>
 void add_column_sums(std::size_t rows, std::size_t cols, const T* g, T* total) {
-  constexpr std::size_t block = 64;
-  std::vector<double> sums(cols);
+  constexpr std::size_t block = 512;
+  if (rows <= block) return table<T>().column_sums(rows, cols, g, total);
+  std::vector<double> sums(total, total + cols);
   std::vector<T> part(cols);
   for (std::size_t begin = 0; begin < rows; begin += block) {
     std::fill(part.begin(), part.end(), T(0));
-    for (std::size_t r = begin; r < std::min(rows, begin + block); ++r)
-      for (std::size_t c = 0; c < cols; ++c) part[c] += g[r * cols + c];
+    table<T>().column_sums(std::min(block, rows - begin), cols, g + begin * cols, part.data());
     for (std::size_t c = 0; c < cols; ++c) sums[c] += static_cast<double>(part[c]);
   }
-  for (std::size_t c = 0; c < cols; ++c) total[c] = static_cast<T>(static_cast<double>(total[c]) + sums[c]);
-}
-
-// weight_gradient[out, in] += g[rows, out]^T x[rows, in]. A product over very many rows would lose small terms in a large sum: it is cut
-// into products whose sums meet in double.
-template <class T>
-void weight_gradient_product(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
-                             std::size_t x_stride, T* weight_gradient) {
-  constexpr std::size_t most_rows = 1 << 14;
-  const auto product = [&](std::size_t begin, std::size_t count, bool accumulate, T* into) {
-    Product<T> p{out_features, in_features, count, {g + begin * out_features, 1, out_features}, {x + begin * x_stride, x_stride, 1}};
-    p.accumulate = accumulate;
-    p.c = into;
-    p.c_stride = in_features;
-    gemm(p);
-  };
-  if (rows <= most_rows) return product(0, rows, true, weight_gradient);
-  const std::size_t n = in_features * out_features;
-  std::vector<double> sums(weight_gradient, weight_gradient + n);
-  AlignedVector<T> part(n);
-  for (std::size_t begin = 0; begin < rows; begin += most_rows) {
-    product(begin, std::min(most_rows, rows - begin), false, part.data());
-    for (std::size_t i = 0; i < n; ++i) sums[i] += static_cast<double>(part[i]);
-  }
-  for (std::size_t i = 0; i < n; ++i) weight_gradient[i] = static_cast<T>(sums[i]);
+  for (std::size_t c = 0; c < cols; ++c) total[c] = static_cast<T>(sums[c]);
 }
 
 }  // namespace
 
 template <class T>
 void linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* x, std::size_t x_stride,
-                    const T* weight, const T* bias, T* y) {
+                    const T* weight, const T* bias, T* y, Activation activation, const PackedMatrix<T>* packed) {
+  const KernelTable<T>& kernel = table<T>();
   if (out_features >= few_outputs) {
     Product<T> p{rows, out_features, in_features, {x, x_stride, 1}, {weight, 1, in_features}};
+    p.packed = packed;
     p.bias = bias;
     p.c = y;
     p.c_stride = out_features;
+    const auto activate = [&](std::size_t row, std::size_t count, std::size_t col, std::size_t cols) {
+      kernel.activation_forward(activation, count, cols, y + row * out_features + col, out_features);
+    };
+    if (activation != Activation::none) p.finish = activate;
     return gemm(p);
   }
-  const std::size_t task_rows = rows_per_task(in_features, sizeof(T));
+  const std::size_t task_rows = rows_per_task(in_features, out_features, sizeof(T));
   parallel_for(ceil_divide(rows, task_rows), [&](std::size_t task, std::size_t) {
-    const std::size_t begin = task * task_rows;
-    table<T>().linear_forward(std::min(task_rows, rows - begin), in_features, out_features, x + begin * x_stride, x_stride, weight, bias,
-                              y + begin * out_features);
+    const std::size_t begin = task * task_rows, count = std::min(task_rows, rows - begin);
+    kernel.linear_forward(count, in_features, out_features, x + begin * x_stride, x_stride, weight, bias, y + begin * out_features);
+    kernel.activation_forward(activation, count, out_features, y + begin * out_features, out_features);
   });
 }
 
 template <class T>
-void linear_backward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x, std::size_t x_stride,
-                     const T* weight, T* weight_gradient, T* bias_gradient, T* input_gradient) {
+void linear_input_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* weight,
+                           T* input_gradient, Activation activation, const T* input) {
   const KernelTable<T>& kernel = table<T>();
-  if (input_gradient) {
-    if (out_features >= few_outputs || out_features == 0) {
-      Product<T> p{rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}};
-      p.c = input_gradient;
-      p.c_stride = in_features;
-      gemm(p);
+  const auto chain = [&](std::size_t row, std::size_t count, std::size_t col, std::size_t cols) {
+    const std::size_t at = row * in_features + col;
+    kernel.activation_backward(activation, count, cols, input + at, in_features, input_gradient + at, in_features);
+  };
+  if (out_features >= few_outputs || out_features == 0) {
+    Product<T> p{rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}};
+    p.c = input_gradient;
+    p.c_stride = in_features;
+    if (activation != Activation::none) p.finish = chain;
+    return gemm(p);
+  }
+  const std::size_t task_rows = rows_per_task(in_features, out_features, sizeof(T));
+  parallel_for(ceil_divide(rows, task_rows), [&](std::size_t task, std::size_t) {
+    const std::size_t begin = task * task_rows, count = std::min(task_rows, rows - begin);
+    kernel.linear_input_gradient(count, in_features, out_features, g + begin * out_features, weight, input_gradient + begin * in_features);
+    if (activation != Activation::none) chain(begin, count, 0, in_features);
+  });
+}
+
+template <class T>
+void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
+                            std::size_t x_stride, bool accumulate, T* weight_gradient, T* bias_gradient, BlockVisitor finish) {
+  if (bias_gradient && !accumulate) std::fill_n(bias_gradient, out_features, T(0));
+  const std::size_t weights = in_features * out_features;
+  if (out_features >= few_outputs) {
+    if (bias_gradient) add_column_sums(rows, out_features, g, bias_gradient);
+    if (rows <= most_chain)
+      return weight_product(rows, in_features, out_features, g, x, x_stride, accumulate, weight_gradient, finish, false);
+    if (!accumulate) std::fill_n(weight_gradient, weights, T(0));
+    weight_product_in_parts(rows, in_features, out_features, g, x, x_stride, weight_gradient);
+  } else {
+    if (!accumulate) std::fill_n(weight_gradient, weights, T(0));
+    const KernelTable<T>& kernel = table<T>();
+    const std::size_t task_rows = rows_per_task(in_features, out_features, sizeof(T));
+    const std::size_t tasks = ceil_divide(rows, task_rows);
+    if (tasks <= 1) {
+      kernel.linear_gradient(rows, in_features, out_features, g, x, x_stride, weight_gradient, bias_gradient);
     } else {
-      parallel_for(ceil_divide(rows, rows_per_task(in_features, sizeof(T))), [&](std::size_t task, std::size_t) {
-        const std::size_t task_rows = rows_per_task(in_features, sizeof(T)), begin = task * task_rows;
-        kernel.linear_input_gradient(std::min(task_rows, rows - begin), in_features, out_features, g + begin * out_features, weight,
-                                     input_gradient + begin * in_features);
+      const std::size_t n = weights + out_features;
+      AlignedVector<T> partials(tasks * n, T(0));
+      parallel_for(tasks, [&](std::size_t task, std::size_t) {
+        const std::size_t begin = task * task_rows;
+        T* const partial = partials.data() + task * n;
+        kernel.linear_gradient(std::min(task_rows, rows - begin), in_features, out_features, g + begin * out_features,
+                               x + begin * x_stride, x_stride, partial, bias_gradient ? partial + weights : nullptr);
       });
+      AlignedVector<T> total(n);
+      sum_partials(tasks, n, partials.data(), false, total.data());
+      for (std::size_t i = 0; i < weights; ++i) weight_gradient[i] += total[i];
+      if (bias_gradient)
+        for (std::size_t o = 0; o < out_features; ++o) bias_gradient[o] += total[weights + o];
     }
   }
-  if (out_features >= few_outputs) {
-    weight_gradient_product(rows, in_features, out_features, g, x, x_stride, weight_gradient);
-    if (bias_gradient) add_column_sums(rows, out_features, g, bias_gradient);
-    return;
-  }
-  const std::size_t task_rows = rows_per_task(in_features, sizeof(T));
-  const std::size_t tasks = ceil_divide(rows, task_rows);
-  if (tasks <= 1) {
-    kernel.linear_gradient(rows, in_features, out_features, g, x, x_stride, weight_gradient, bias_gradient);
-    return;
-  }
-  const std::size_t weights = in_features * out_features, n = weights + out_features;
-  AlignedVector<T> partials(tasks * n);
-  parallel_for(tasks, [&](std::size_t task, std::size_t) {
-    const std::size_t begin = task * task_rows;
-    T* const partial = partials.data() + task * n;
-    std::fill_n(partial, n, T(0));
-    kernel.linear_gradient(std::min(task_rows, rows - begin), in_features, out_features, g + begin * out_features, x + begin * x_stride,
-                           x_stride, partial, bias_gradient ? partial + weights : nullptr);
-  });
-  AlignedVector<T> total(n);
-  sum_partials(tasks, n, partials.data(), total.data());
-  for (std::size_t i = 0; i < weights; ++i) weight_gradient[i] += total[i];
-  if (bias_gradient)
-    for (std::size_t o = 0; o < out_features; ++o) bias_gradient[o] += total[weights + o];
+  if (finish) finish(0, out_features, 0, in_features);
 }
 
 namespace {
@@ -172,7 +204,7 @@ double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, con
     return kernel.linear_step(s);
   };
 
-  const std::size_t task_rows = rows_per_task(shape.in_features, sizeof(T));
+  const std::size_t task_rows = rows_per_task(shape.in_features, shape.out_features, sizeof(T));
   if (batch.rows <= task_rows) return step(0, batch.rows, gradient);
 
   const std::size_t tasks = ceil_divide(batch.rows, task_rows);
@@ -184,48 +216,100 @@ double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, con
     scratch.losses[task] = step(begin, std::min(task_rows, batch.rows - begin), scratch.partials.data() + task * n);
   });
   if (interrupt.requested()) return 0.0;
-  sum_partials(tasks, n, scratch.partials.data(), gradient);
+  sum_partials(tasks, n, scratch.partials.data(), false, gradient);
   double loss = 0.0;
   for (double part : scratch.losses) loss += part;
   return loss;
 }
 
-// Many outputs: products of blocks of rows, which are gathered first where an index scatters them.
+// Rows [begin, end) of a batch, for many outputs: into[parameters] += their gradient; returns the sum of squared errors. `block_rows` at a
+// time, so that the gradient of a block finds its rows in the cache; those that an index scatters are gathered into `memory` first.
 template <class T>
-double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient, LinearScratch<T>& scratch,
-                             Interrupt& interrupt) {
+double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::size_t begin, std::size_t end, std::size_t block_rows,
+                         const T* parameters, const PackedMatrix<T>* packed, T* into, T* memory, bool serial) {
   const std::size_t in = shape.in_features, out = shape.out_features, weights = in * out;
   const KernelTable<T>& kernel = table<T>();
-  const std::size_t most_rows = std::min(batch.rows, rows_per_product(out, sizeof(T)));
-  scratch.outputs.resize(most_rows * out);
-  scratch.targets.resize(most_rows * out);
-  if (batch.index) scratch.rows.resize(most_rows * in);
-  std::fill_n(gradient, shape.parameters(), T(0));
+  T* const outputs = memory;
+  T* const targets = outputs + block_rows * out;
+  T* const gathered = targets + block_rows * out;
   double loss = 0.0;
-  for (std::size_t begin = 0; begin < batch.rows && !interrupt.check(); begin += most_rows) {
-    const std::size_t rows = std::min(most_rows, batch.rows - begin);
+  for (; begin < end; begin += block_rows) {
+    const std::size_t rows = std::min(block_rows, end - begin);
     const T* x = batch.x + (batch.index ? 0 : begin * batch.x_stride);
     const T* target = batch.target ? batch.target + (batch.index ? 0 : begin * out) : nullptr;
     std::size_t x_stride = batch.x_stride;
     if (batch.index) {
       for (std::size_t r = 0; r < rows; ++r) {
-        std::copy_n(batch.x + batch.index[begin + r] * batch.x_stride, in, scratch.rows.data() + r * in);
-        if (target) std::copy_n(batch.target + batch.index[begin + r] * out, out, scratch.targets.data() + r * out);
+        std::copy_n(batch.x + batch.index[begin + r] * batch.x_stride, in, gathered + r * in);
+        if (target) std::copy_n(batch.target + batch.index[begin + r] * out, out, targets + r * out);
       }
-      x = scratch.rows.data();
+      x = gathered;
       x_stride = in;
-      if (target) target = scratch.targets.data();
+      if (target) target = targets;
     }
     if (!target) {
-      std::fill_n(scratch.targets.data(), rows * out, T(0));
-      target = scratch.targets.data();
+      std::fill_n(targets, rows * out, T(0));
+      target = targets;
     }
-    T* const outputs = scratch.outputs.data();
-    linear_forward<T>(rows, in, out, x, x_stride, parameters, shape.has_bias ? parameters + weights : nullptr, outputs);
+    Product<T> p{rows, out, in, {x, x_stride, 1}, {parameters, 1, in}};
+    p.packed = packed;
+    p.bias = shape.has_bias ? parameters + weights : nullptr;
+    p.c = outputs;
+    p.c_stride = out;
+    gemm(p, serial);
     loss += kernel.squared_error_sum(rows * out, outputs, target);
     kernel.squared_error_gradient(rows * out, outputs, target, T(1), outputs);
-    linear_backward<T>(rows, in, out, outputs, x, x_stride, parameters, gradient, shape.has_bias ? gradient + weights : nullptr, nullptr);
+    weight_product(rows, in, out, outputs, x, x_stride, true, into, {}, serial);
+    if (shape.has_bias) kernel.column_sums(rows, out, outputs, into + weights);
   }
+  return loss;
+}
+
+// Many outputs: tasks of rows with gradients of their own where these are small, else blocks of rows one after the other, whose products
+// share the threads.
+template <class T>
+double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient, LinearScratch<T>& scratch,
+                             Interrupt& interrupt) {
+  const std::size_t in = shape.in_features, out = shape.out_features, n = shape.parameters();
+  const bool in_tasks = n <= most_partial;
+  // Rows of a block: with outputs and targets a fourth of L2, or for large layers enough to share out among threads.
+  const std::size_t fitting = cache_sizes().l2 / 4 / ((in + 2 * out) * sizeof(T)) / 8 * 8;
+  const std::size_t block_rows = std::min(batch.rows, in_tasks ? std::clamp<std::size_t>(fitting, 32, 256) : std::size_t{512});
+  const std::size_t memory = block_rows * (2 * out + (batch.index ? in : 0));
+  const std::size_t task_rows = in_tasks ? rows_per_task(in, out, sizeof(T)) : batch.rows;
+  const std::size_t tasks = ceil_divide(batch.rows, task_rows);
+  PackedMatrix<T> packed;  // laid out once for all blocks
+  if (batch.rows > block_rows) packed = PackedMatrix<T>(in, out, {parameters, 1, in});
+  const PackedMatrix<T>* const weights = batch.rows > block_rows ? &packed : nullptr;
+  if (tasks == 1) {
+    scratch.rows.resize(memory);
+    std::fill_n(gradient, n, T(0));
+    double loss = 0.0;
+    // Large layers look for an interrupt after each block.
+    const std::size_t stretch = in_tasks ? batch.rows : block_rows;
+    for (std::size_t begin = 0; begin < batch.rows && !interrupt.check(); begin += stretch)
+      loss += add_rows_gradient(shape, batch, begin, std::min(batch.rows, begin + stretch), block_rows, parameters, weights, gradient,
+                                scratch.rows.data(), in_tasks);
+    return loss;
+  }
+  const int workers = thread_count();
+  scratch.rows.resize(memory * static_cast<std::size_t>(workers));
+  scratch.partials.assign(tasks * n, T(0));
+  scratch.losses.assign(tasks, 0.0);
+  parallel_for(
+      tasks,
+      [&](std::size_t task, std::size_t worker) {
+        if (interrupt.check()) return;
+        const std::size_t begin = task * task_rows;
+        scratch.losses[task] =
+            add_rows_gradient(shape, batch, begin, std::min(batch.rows, begin + task_rows), block_rows, parameters, weights,
+                              scratch.partials.data() + task * n, scratch.rows.data() + worker * memory, true);
+      },
+      workers);
+  if (interrupt.requested()) return 0.0;
+  sum_partials(tasks, n, scratch.partials.data(), false, gradient);
+  double loss = 0.0;
+  for (double part : scratch.losses) loss += part;
   return loss;
 }
 
@@ -274,8 +358,11 @@ double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, cons
 }
 
 #define GDLIB_INSTANTIATE(T)                                                                                                          \
-  template void linear_forward(std::size_t, std::size_t, std::size_t, const T*, std::size_t, const T*, const T*, T*);                 \
-  template void linear_backward(std::size_t, std::size_t, std::size_t, const T*, const T*, std::size_t, const T*, T*, T*, T*);        \
+  template void linear_forward(std::size_t, std::size_t, std::size_t, const T*, std::size_t, const T*, const T*, T*, Activation,      \
+                               const PackedMatrix<T>*);                                                                               \
+  template void linear_input_gradient(std::size_t, std::size_t, std::size_t, const T*, const T*, T*, Activation, const T*);           \
+  template void linear_weight_gradient(std::size_t, std::size_t, std::size_t, const T*, const T*, std::size_t, bool, T*, T*,          \
+                                       BlockVisitor);                                                                                 \
   template double linear_squared_error_gradient(const LinearShape&, const Batch<T>&, const T*, T*, LinearScratch<T>&, Interrupt&);                       \
   template double linear_hessian_eigenvalue(std::size_t, std::size_t, const T*, std::size_t, bool, Interrupt&);
 GDLIB_INSTANTIATE(float)

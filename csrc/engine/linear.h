@@ -4,20 +4,33 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../kernels/kernels.h"
 #include "aligned.h"
+#include "gemm.h"
 #include "parallel.h"
 
 namespace gdlib {
 
-// y[rows, out] = x[rows, in] weight[out, in]^T + bias[out]; bias may be null. A row's bits do not depend on the other rows.
+// Below this, a vector of outputs would be mostly empty: rows are folded by kernels of their own instead of products of panels.
+constexpr std::size_t few_outputs = 8;
+
+// y[rows, out] = activation(x[rows, in] weight[out, in]^T + bias[out]); bias may be null, `packed` is weight^T laid out before, or null.
+// A row's bits do not depend on the other rows.
 template <class T>
 void linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* x, std::size_t x_stride,
-                    const T* weight, const T* bias, T* y);
+                    const T* weight, const T* bias, T* y, Activation activation = Activation::none,
+                    const PackedMatrix<T>* packed = nullptr);
 
-// weight_gradient += g^T x, bias_gradient += column sums of g (null: skipped), input_gradient = g weight (null: skipped).
+// input_gradient[rows, in] = g[rows, out] weight[out, in], times the derivative of the activation whose outputs are `input`, if any.
 template <class T>
-void linear_backward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x, std::size_t x_stride,
-                     const T* weight, T* weight_gradient, T* bias_gradient, T* input_gradient);
+void linear_input_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* weight,
+                           T* input_gradient, Activation activation = Activation::none, const T* input = nullptr);
+
+// weight_gradient[out, in] (+)= g^T x, bias_gradient[out] (+)= column sums of g (null: skipped). `finish` visits blocks of the finished
+// weight gradient, on the threads that computed them.
+template <class T>
+void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
+                            std::size_t x_stride, bool accumulate, T* weight_gradient, T* bias_gradient, BlockVisitor finish = {});
 
 // Rows for one step of training. Row r is at x + (index ? index[r] : r) * x_stride; targets likewise, dense, null for zeros.
 template <class T>
@@ -42,7 +55,7 @@ struct LinearShape {
 // What a pass needs besides its result, kept from step to step.
 template <class T>
 struct LinearScratch {
-  AlignedVector<T> rows, targets, outputs;  // of a block, where outputs are many
+  AlignedVector<T> rows;  // blocks of outputs, targets and gathered rows, where outputs are many
   AlignedVector<T> partials;
   AlignedVector<double> losses;
 };

@@ -1,6 +1,7 @@
 #include "network.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -108,13 +109,18 @@ class Pass {
 
   // Every layer's output. False after an interrupt; where `finite` is asked for, also when a linear layer's output is not.
   bool forward(bool finite) {
-    for (std::size_t i = 0; i < network_.layers().size(); ++i) {
-      const Layer& layer = network_.layers()[i];
+    const std::vector<Layer>& layers = network_.layers();
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      const Layer& layer = layers[i];
       if (interrupt_.check_after(rows_ * layer.weights())) return false;
       T* const y = at(scratch_.outputs[i]);
       if (layer.is_linear()) {
-        linear_forward<T>(rows_, layer.in_features, layer.out_features, input(i), input_stride(i), weight(layer), bias(layer), y);
+        // An activation is taken along while the product's rows are in the cache; not past a check that it may hide infinity from.
+        const bool fused = !finite && i + 1 < layers.size() && works_in_place(network_, i + 1);
+        linear_forward<T>(rows_, layer.in_features, layer.out_features, input(i), input_stride(i), weight(layer), bias(layer), y,
+                          fused ? layers[i + 1].activation : Activation::none);
         if (finite && !table<T>().all_finite(rows_ * layer.out_features, y)) return false;
+        i += fused;
       } else {
         if (!works_in_place(network_, i))
           for (std::size_t r = 0; r < rows_; ++r)
@@ -142,34 +148,54 @@ class Pass {
     return sum;
   }
 
-  // gradient += that of the squared error. Stops early after an interrupt.
-  void backward(T* gradient) {
+  // gradient = that of the squared error. Stops early after an interrupt, except with `finished`: a step is made whole.
+  void backward(T* gradient, SegmentVisitor finished) {
     const std::size_t out = network_.out_features();
     T* g = at(scratch_.gradients[0]);
     T* other = at(scratch_.gradients[1]);
     in_tasks(out, [&](std::size_t begin, std::size_t rows, std::size_t) {
       table<T>().squared_error_gradient(rows * out, output() + begin * out, target_ + begin * out, T(1), g + begin * out);
     });
+    const std::vector<Layer>& layers = network_.layers();
     const std::size_t first = first_linear();
-    for (std::size_t i = network_.layers().size(); i-- > first;) {
-      const Layer& layer = network_.layers()[i];
-      if (interrupt_.check_after(2 * rows_ * layer.weights())) return;
-      if (layer.is_linear()) {
-        T* const weights = gradient + layer.begin_weight;
-        linear_backward<T>(rows_, layer.in_features, layer.out_features, g, input(i), input_stride(i), weight(layer), weights,
-                           layer.has_bias ? weights + layer.weights() : nullptr, i > first ? other : nullptr);
-        std::swap(g, other);
-      } else {
+    for (std::size_t i = layers.size(); i-- > first;) {
+      const Layer& layer = layers[i];
+      if (!finished && interrupt_.check_after(2 * rows_ * layer.weights())) return;
+      if (!layer.is_linear()) {
         const std::size_t cols = layer.out_features;
         const T* const y = at(scratch_.outputs[i]);
         in_tasks(cols, [&](std::size_t begin, std::size_t rows, std::size_t) {
           table<T>().activation_backward(layer.activation, rows, cols, y + begin * cols, cols, g + begin * cols, cols);
         });
+        continue;
       }
+      bool fused = false;
+      if (i > first) {  // before the weights may change
+        fused = !layers[i - 1].is_linear();
+        linear_input_gradient<T>(rows_, layer.in_features, layer.out_features, g, weight(layer), other,
+                                 fused ? layers[i - 1].activation : Activation::none, input(i));
+      }
+      weight_gradient(layer, g, input(i), input_stride(i), gradient + layer.begin_weight, finished);
+      std::swap(g, other);
+      i -= fused;
     }
   }
 
  private:
+  void weight_gradient(const Layer& layer, const T* g, const T* x, std::size_t x_stride, T* into, SegmentVisitor finished) {
+    const std::size_t in = layer.in_features;
+    const auto visit = [&](std::size_t row, std::size_t rows, std::size_t col, std::size_t cols) {
+      const std::size_t begin = layer.begin_weight + row * in + col;
+      if (cols == in) return finished(begin, rows * in);
+      for (std::size_t r = 0; r < rows; ++r) finished(begin + r * in, cols);
+    };
+    BlockVisitor finish;
+    if (finished) finish = visit;
+    T* const biases = layer.has_bias ? into + layer.weights() : nullptr;
+    linear_weight_gradient<T>(rows_, in, layer.out_features, g, x, x_stride, false, into, biases, finish);
+    if (finished && biases) finished(layer.begin_weight + layer.weights(), layer.out_features);
+  }
+
   T* at(std::size_t place) const { return scratch_.arena.data() + place; }
   const T* input(std::size_t layer) const { return layer ? at(scratch_.outputs[layer - 1]) : x_; }
   std::size_t input_stride(std::size_t layer) const { return layer ? network_.layers()[layer].in_features : x_stride_; }
@@ -241,27 +267,33 @@ double network_squared_error(const Network& network, const Batch<T>& batch, cons
 
 template <class T>
 double network_squared_error_gradient(const Network& network, const Batch<T>& batch, const T* parameters, T* gradient,
-                                      NetworkScratch<T>& scratch, Interrupt& interrupt) {
-  if (network.is_lone_linear())
-    return linear_squared_error_gradient(network.linear_shape(), batch, parameters, gradient, scratch.linear, interrupt);
+                                      NetworkScratch<T>& scratch, Interrupt& interrupt, SegmentVisitor finished) {
   const std::size_t n = network.parameters();
+  if (network.is_lone_linear()) {
+    const double loss = linear_squared_error_gradient(network.linear_shape(), batch, parameters, gradient, scratch.linear, interrupt);
+    if (finished && std::isfinite(loss) && !interrupt.requested()) finished(0, n);
+    return loss;
+  }
   Pass<T> pass(network, parameters, scratch, interrupt);
-  const bool several = batch.rows > scratch.rows;
-  if (several) scratch.sums.assign(n, 0.0);  // sums of many passes are carried in double
+  if (batch.rows <= scratch.rows) {
+    pass.take(batch, 0, batch.rows);
+    if (!pass.forward(false)) return 0.0;
+    const double loss = pass.squared_error();
+    if (!finished || std::isfinite(loss)) pass.backward(gradient, finished);
+    return loss;
+  }
+  scratch.sums.assign(n, 0.0);  // sums of many passes are carried in double
   double loss = 0.0;
-  std::fill_n(gradient, n, T(0));
   for (std::size_t begin = 0; begin < batch.rows; begin += scratch.rows) {
     pass.take(batch, begin, std::min(scratch.rows, batch.rows - begin));
     if (!pass.forward(false)) return loss;
     loss += pass.squared_error();
-    pass.backward(gradient);
+    pass.backward(gradient, {});
     if (interrupt.requested()) return loss;
-    if (!several) break;
     for (std::size_t i = 0; i < n; ++i) scratch.sums[i] += static_cast<double>(gradient[i]);
-    std::fill_n(gradient, n, T(0));
   }
-  if (several)
-    for (std::size_t i = 0; i < n; ++i) gradient[i] = static_cast<T>(scratch.sums[i]);
+  for (std::size_t i = 0; i < n; ++i) gradient[i] = static_cast<T>(scratch.sums[i]);
+  if (finished && std::isfinite(loss)) finished(0, n);
   return loss;
 }
 
@@ -269,7 +301,8 @@ double network_squared_error_gradient(const Network& network, const Batch<T>& ba
   template struct NetworkScratch<T>;                                                                                                     \
   template bool network_forward(const Network&, std::size_t, const T*, std::size_t, const T*, T*, NetworkScratch<T>&, Interrupt&);       \
   template double network_squared_error(const Network&, const Batch<T>&, const T*, NetworkScratch<T>&, Interrupt&);                      \
-  template double network_squared_error_gradient(const Network&, const Batch<T>&, const T*, T*, NetworkScratch<T>&, Interrupt&);
+  template double network_squared_error_gradient(const Network&, const Batch<T>&, const T*, T*, NetworkScratch<T>&, Interrupt&,  \
+                                                 SegmentVisitor);
 GDLIB_INSTANTIATE(float)
 GDLIB_INSTANTIATE(double)
 #undef GDLIB_INSTANTIATE

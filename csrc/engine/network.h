@@ -11,6 +11,7 @@
 #include "aligned.h"
 #include "linear.h"
 #include "parallel.h"
+#include "visitor.h"
 
 namespace gdlib {
 
@@ -77,9 +78,13 @@ template <class T>
 double network_squared_error(const Network& network, const Batch<T>& batch, const T* parameters, NetworkScratch<T>& scratch,
                              Interrupt& interrupt);
 
-// The same, and gradient[parameters] = its gradient.
+// A segment of the gradient, from its begin on so many elements, is complete, and the parameters there are not read again in this call.
+using SegmentVisitor = Visitor<std::size_t, std::size_t>;
+
+// The same, and gradient[parameters] = its gradient. `finished` visits every parameter once, in segments and on several threads, so that an
+// update finds the gradient in the cache; not at all when the loss is not finite, or after an interrupt.
 template <class T>
 double network_squared_error_gradient(const Network& network, const Batch<T>& batch, const T* parameters, T* gradient,
-                                      NetworkScratch<T>& scratch, Interrupt& interrupt);
+                                      NetworkScratch<T>& scratch, Interrupt& interrupt, SegmentVisitor finished = {});
 
 }  // namespace gdlib

@@ -1,6 +1,7 @@
 #include "training.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <optional>
 
@@ -48,14 +49,33 @@ class RowSource {
   AlignedVector<std::uint32_t> order_;
 };
 
+// Updates the parameters of a step, segment by segment, from several threads.
 template <class T>
-void apply_update(Round<T>& round, T gradient_scale) {
-  for (UpdateRange<T>& range : round.ranges) {
-    table<T>().sgd_update(range.end - range.begin, range.options, gradient_scale, range.first_step, round.gradient + range.begin,
-                          round.parameters + range.begin, range.has_momentum ? round.momentum + range.begin : nullptr);
-    range.first_step = false;
+class StepUpdate {
+ public:
+  // An activation may hide infinite parameters from the loss, tanh being 1 of infinity: then every update is looked at.
+  StepUpdate(Round<T>& round, T gradient_scale, bool check) : round_(round), scale_(gradient_scale), check_(check) {}
+
+  void operator()(std::size_t begin, std::size_t count) const {
+    for (const UpdateRange<T>& range : round_.ranges) {
+      const std::size_t from = std::max(begin, range.begin), end = std::min(begin + count, range.end);
+      if (from >= end) continue;
+      T* const parameters = round_.parameters + from;
+      table<T>().sgd_update(end - from, range.options, scale_, range.first_step, round_.gradient + from, parameters,
+                            range.has_momentum ? round_.momentum + from : nullptr);
+      if (check_ && !table<T>().all_finite(end - from, parameters)) finite_.store(false, std::memory_order_relaxed);
+    }
   }
-}
+
+  // Once every segment has been visited. The threads' barrier has published what they found.
+  bool finite() const { return finite_.load(std::memory_order_relaxed); }
+
+ private:
+  Round<T>& round_;
+  T scale_;
+  bool check_;
+  mutable std::atomic<bool> finite_{true};
+};
 
 // Many steps in one call, where the kernel for few features can make them: one output, and one way to update every parameter.
 template <class T>
@@ -130,17 +150,20 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
       const std::uint64_t left = std::min(steps_per_epoch - in_epoch, round.last_step - result.steps_done);
       const std::uint64_t wanted = many.possible() ? std::min(left, steps_at_once) : 1;
       const Batch<T> batch = source.batches(in_epoch, wanted);
-      std::uint64_t made = wanted;
+      std::uint64_t made = 0;
+      bool finite = true;
       if (many.possible()) {
         made = many.make(batch, round.losses[epoch]);
       } else {
-        const double loss = network_squared_error_gradient(round.network, batch, round.parameters, round.gradient, scratch, interrupt);
-        if (interrupt.requested() || !std::isfinite(loss)) {
-          made = 0;
-        } else {
-          const double elements = static_cast<double>(batch.rows) * outputs;
-          apply_update(round, static_cast<T>(round.mean ? 1.0 / elements : 1.0));
+        const double elements = static_cast<double>(batch.rows) * outputs;
+        const StepUpdate<T> update(round, static_cast<T>(round.mean ? 1.0 / elements : 1.0), check_each_step);
+        const double loss = network_squared_error_gradient(round.network, batch, round.parameters, round.gradient, scratch, interrupt,
+                                                           SegmentVisitor(update));
+        if (!interrupt.requested() && std::isfinite(loss)) {  // then it has been updated
+          made = 1;
           round.losses[epoch] += loss;
+          for (UpdateRange<T>& range : round.ranges) range.first_step = false;
+          finite = update.finite();
         }
       }
       result.steps_done += made;
@@ -149,7 +172,7 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
         result.stop = Stop::interrupted;
         return result;
       }
-      if (made < wanted || (check_each_step && !table<T>().all_finite(parameters, round.parameters))) {
+      if (made < wanted || !finite) {
         result.stop = Stop::non_finite;
         return result;
       }

@@ -36,6 +36,26 @@ void sgd_update(size_t n, const SgdOptions<T>& options, T gradient_scale, bool f
     sgd_update_with<T, false>(n, options, gradient_scale, first_step, gradient, parameter, nullptr);
 }
 
+// sums[cols] += column sums of g[rows, cols]: some vectors of columns at a time, so that additions do not wait for each other.
+template <class T>
+void column_sums(size_t rows, size_t cols, const T* g, T* sums) {
+  constexpr size_t w = lanes<T>;
+  constexpr int vectors = 4;
+  size_t c = 0;
+  for (; c + vectors * w <= cols; c += vectors * w) {
+    Vector<T> sum[vectors];
+    for (int v = 0; v < vectors; ++v) sum[v] = load(sums + c + v * w);
+    for (size_t r = 0; r < rows; ++r)
+      for (int v = 0; v < vectors; ++v) sum[v] += load(g + r * cols + c + v * w);
+    for (int v = 0; v < vectors; ++v) store(sums + c + v * w, sum[v]);
+  }
+  for (; c < cols; c += w) {
+    Vector<T> sum = load_up_to(sums + c, cols - c);
+    for (size_t r = 0; r < rows; ++r) sum += load_up_to(g + r * cols + c, cols - c);
+    store_up_to(sums + c, sum, cols - c);
+  }
+}
+
 // 0 * x is 0 for every finite x, and NaN for the others.
 template <class T>
 bool all_finite(size_t n, const T* x) {

@@ -42,7 +42,8 @@ void check_layer(std::size_t rows, std::size_t in, std::size_t out) {
   const auto x = numbers<T>(rows * in, 1), w = numbers<T>(out * in, 2), b = numbers<T>(out, 3), g = numbers<T>(rows * out, 4);
   std::vector<T> y(rows * out), gw(out * in), gb(out), gx(rows * in);
   gdlib::linear_forward<T>(rows, in, out, x.data(), in, w.data(), b.data(), y.data());
-  gdlib::linear_backward<T>(rows, in, out, g.data(), x.data(), in, w.data(), gw.data(), gb.data(), gx.data());
+  gdlib::linear_input_gradient<T>(rows, in, out, g.data(), w.data(), gx.data());
+  gdlib::linear_weight_gradient<T>(rows, in, out, g.data(), x.data(), in, true, gw.data(), gb.data());
   bool good = true;
   for (std::size_t r = 0; r < rows; ++r)
     for (std::size_t o = 0; o < out; ++o) {
