@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 DEFAULT_BATCH_SIZE = 32
-SAMPLE_ROWS = 4096  # for estimates and for a first look: enough to see a factor of 100
+SAMPLE_ROWS = 4096  # for estimates: enough to see a factor of 100
+FIRST_LOOK_ROWS = 256  # at what the last update left: an explosion shows in nearly every row
 
 
 def explosion_factor(momentum: float) -> float:
@@ -194,8 +195,7 @@ class Run:
         self.start_momentum = None if self.momentum is None else self.momentum.copy()
         self.optimizer_start = optimizer.momentum_state()
         self.explosion = explosion_factor(max(r[3] for r in self.ranges))
-        stride = -(-self.rows // SAMPLE_ROWS)
-        self._sample = self.X[::stride], np.ascontiguousarray(self.y[::stride])
+        self._sample = self.y[:: -(-self.rows // SAMPLE_ROWS)]
         self._start_error: float | None = None
 
     def advance(self, first_step: int, last_step: int, loss_limit: float, progress: Any) -> tuple[str, int]:
@@ -245,7 +245,7 @@ class Run:
         if any(r[7] for r in self.ranges):
             return 0.0
         with np.errstate(all="ignore"):
-            spread = float(np.var(self._sample[1], axis=0, dtype=np.float64).mean())  # the error of the best constant
+            spread = float(np.var(self._sample, axis=0, dtype=np.float64).mean())  # the error of the best constant
         worst = max(spread if np.isfinite(spread) else 0.0, self._start_error or 0.0)
         return max(self.explosion * worst, float(np.finfo(np.float64).tiny))
 
@@ -267,7 +267,8 @@ class Run:
         """The same for the last update, which no loss of the run has seen: on a sample first, on all rows where that looks bad."""
         if not self.loss_limit() > 0.0:
             return
-        reached = self._error(*self._sample, self.arena.data)
+        stride = -(-self.rows // FIRST_LOOK_ROWS)
+        reached = self._error(self.X[::stride], np.ascontiguousarray(self.y[::stride]), self.arena.data)
         if np.isfinite(reached) and reached <= self.loss_limit():
             return
         reached = self._error(self.X, self.y, self.arena.data)
