@@ -126,6 +126,23 @@ inline void require_shape(py::handle value, std::size_t rows, std::size_t cols, 
     throw py::value_error(std::string(name) + " must have shape [" + std::to_string(rows) + ", " + std::to_string(cols) + "].");
 }
 
+// A new C-contiguous array, straight from NumPy: py::array_t would take twice as long to work out the strides.
+template <class T>
+Array new_array(std::size_t dimensions, const py::ssize_t* shape) {
+  const py::detail::npy_api& api = py::detail::npy_api::get();
+  PyObject* const dtype = py::dtype::of<T>().release().ptr();
+  PyObject* const array = api.PyArray_NewFromDescr_(api.PyArray_Type_, dtype, static_cast<int>(dimensions),
+                                                    const_cast<Py_intptr_t*>(shape), nullptr, nullptr, 0, nullptr);
+  if (!array) throw py::error_already_set();
+  return py::reinterpret_steal<Array>(array);
+}
+
+template <class T>
+Array new_matrix(std::size_t rows, std::size_t cols) {
+  const py::ssize_t shape[2] = {static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(cols)};
+  return new_array<T>(2, shape);
+}
+
 // Both have the same shape.
 inline void require_same_shape(py::handle value, py::handle other, const char* name) {
   const py::array a = as_array(value, name), b = as_array(other, name);
@@ -149,12 +166,17 @@ auto with_dtype(py::handle value, const char* name, Body body) {
   return body(double{});
 }
 
+// Multiply-adds below which a call keeps the GIL: handing it over costs about 40 ns, as much as this takes.
+constexpr std::size_t work_under_gil = 2'000;
+
 // Releases the GIL while a computation touches only memory that its arguments keep alive: the caller holds references to every array for
 // the whole call, and NumPy does not move data.
 class WithoutGil {
  public:
-  WithoutGil() : state_(PyEval_SaveThread()) {}
-  ~WithoutGil() { take_back(); }
+  explicit WithoutGil(std::size_t work = work_under_gil) : state_(work < work_under_gil ? nullptr : PyEval_SaveThread()) {}
+  ~WithoutGil() {
+    if (state_) take_back();
+  }
   WithoutGil(const WithoutGil&) = delete;
   WithoutGil& operator=(const WithoutGil&) = delete;
 

@@ -37,11 +37,6 @@ Layer<T> read_layer(py::handle weight, py::handle bias) {
   return layer;
 }
 
-template <class T>
-Array new_matrix(std::size_t rows, std::size_t cols) {
-  return py::reinterpret_steal<Array>(py::array_t<T>({static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(cols)}).release());
-}
-
 Array forward(const Array& x, const Array& weight, const OptionalArray& bias, const OptionalArray& out) {
   return with_dtype(weight, "weight", [&](auto zero) -> Array {
     using T = decltype(zero);
@@ -57,9 +52,9 @@ Array forward(const Array& x, const Array& weight, const OptionalArray& bias, co
     require_apart<T>(y.data, y.size, "out", layer.bias, layer.out_features, "bias");
     bool finite;
     {
-      const WithoutGil released;
-      linear_forward<T>(rows.rows, layer.in_features, layer.out_features, rows.data, rows.stride, layer.weight, layer.bias, y.data);
-      finite = table<T>().all_finite(y.size, y.data);
+      const WithoutGil released(y.size * layer.in_features);
+      finite = linear_forward<T>(rows.rows, layer.in_features, layer.out_features, rows.data, rows.stride, layer.weight, layer.bias, y.data,
+                                 {}, true);
     }
     if (!finite) {
       PyErr_SetString(PyExc_FloatingPointError, "the output is not finite.");
@@ -97,7 +92,7 @@ Array backward(const Array& g, const Array& x, const Array& weight, const Array&
     require_apart<T>(weights.data, weights.size, "weight.grad", rows.data, rows.extent(), "x");
     require_apart<T>(weights.data, weights.size, "weight.grad", output.data, output.size, "the gradient");
     {
-      const WithoutGil released;
+      const WithoutGil released(input_size * layer.out_features);
       linear_input_gradient<T>(rows.rows, layer.in_features, layer.out_features, output.data, layer.weight, input);
       linear_weight_gradient<T>(rows.rows, layer.in_features, layer.out_features, output.data, rows.data, rows.stride, true, weights.data,
                                 bias);
@@ -111,8 +106,7 @@ template <class T>
 Array new_like(const OptionalArray& out, const Array& like, const Flat<const T>& in_place) {
   if (out.is_none()) {
     const py::array shape = as_array(like, "x");
-    return py::reinterpret_steal<Array>(
-        py::array_t<T>(std::vector<py::ssize_t>(shape.shape(), shape.shape() + shape.ndim())).release());
+    return new_array<T>(static_cast<std::size_t>(shape.ndim()), shape.shape());
   }
   const Flat<T> flat = write_flat<T>(out, "out");
   require_same_shape(out, like, "out");
@@ -160,7 +154,7 @@ double squared_error_sum(const Array& output, const Array& target) {
     const Flat<const T> o = read_flat<T>(output, "output"), t = read_flat<T>(target, "target");
     require_same_shape(target, output, "target");
     if (o.size == 0) throw py::value_error("output is empty.");
-    const WithoutGil released;
+    const WithoutGil released(o.size);
     return table<T>().squared_error_sum(o.size, o.data, t.data);
   });
 }
@@ -173,10 +167,10 @@ Array elementwise(const Array& output, const Array& target, Kernel kernel) {
     const Flat<const T> o = read_flat<T>(output, "output"), t = read_flat<T>(target, "target");
     require_same_shape(target, output, "target");
     const py::array shape = as_array(output, "output");
-    py::array_t<T> result(std::vector<py::ssize_t>(shape.shape(), shape.shape() + shape.ndim()));
-    T* const data = result.mutable_data();
+    const Array result = new_array<T>(static_cast<std::size_t>(shape.ndim()), shape.shape());
+    T* const data = write_flat<T>(result, "out").data;
     {
-      const WithoutGil released;
+      const WithoutGil released(o.size);
       kernel(o.size, o.data, t.data, data);
     }
     return result;
@@ -199,7 +193,7 @@ void sgd_update(const Array& parameter, const Array& gradient, const OptionalArr
     }
     const SgdOptions<T> options{static_cast<T>(lr),           static_cast<T>(momentum), static_cast<T>(dampening),
                                 static_cast<T>(weight_decay), nesterov,                 maximize};
-    const WithoutGil released;
+    const WithoutGil released(p.size);
     table<T>().sgd_update(p.size, options, T(1), first_step, g.data, p.data, buffer);
   });
 }

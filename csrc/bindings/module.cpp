@@ -28,4 +28,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("compiler", [] { return std::string(__VERSION__); }, "The compiler's version text.");
   gdlib::bindings::define_layers(m);
   gdlib::bindings::define_training(m);
+  gdlib::bindings::define_predictor(m);
 }

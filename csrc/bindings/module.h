@@ -6,5 +6,6 @@ namespace gdlib::bindings {
 
 void define_layers(pybind11::module_& m);
 void define_training(pybind11::module_& m);
+void define_predictor(pybind11::module_& m);
 
 }  // namespace gdlib::bindings

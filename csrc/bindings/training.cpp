@@ -15,58 +15,12 @@
 #include "../engine/random.h"
 #include "../engine/training.h"
 #include "arrays.h"
+#include "interruptible.h"
+#include "layers.h"
 #include "module.h"
 
 namespace gdlib::bindings {
 namespace {
-
-using Progress = std::optional<py::typing::Callable<py::object(std::uint64_t)>>;
-
-// Runs `body(interrupt)` without the GIL. Every 50 ms the GIL is taken back for Python's signal handlers and `progress(*done)`; what they
-// raise ends the computation and is raised here.
-template <class Body>
-auto interruptible(const Progress& progress, const std::uint64_t* done, Body body) {
-  bool failed = false;
-  const auto run = [&] {
-    WithoutGil released;
-    Interrupt interrupt([&] {
-      released.with_gil([&] {
-        if (PyErr_CheckSignals() != 0) {
-          failed = true;
-        } else if (progress) {
-          PyObject* const result = PyObject_CallFunction((*progress).ptr(), "K", static_cast<unsigned long long>(*done));
-          failed = result == nullptr;
-          Py_XDECREF(result);
-        }
-      });
-      return failed;  // the Python error stays set on this thread until the GIL is back
-    });
-    return body(interrupt);
-  };
-  const auto result = run();
-  if (failed) throw py::error_already_set();
-  return result;
-}
-
-template <class Body>
-auto interruptible(Body body) {
-  return interruptible(std::nullopt, nullptr, body);
-}
-
-// (kind, in_features, out_features, has_bias), kind being "linear" or an activation's name.
-using LayerTuple = std::tuple<std::string, std::size_t, std::size_t, bool>;
-using Layers = std::vector<LayerTuple>;
-
-// The network of these layers, from [.., in_features] to [.., out_features] with `parameters` parameters.
-Network as_network(const Layers& layers, std::size_t in_features, std::size_t out_features, std::size_t parameters) {
-  Network network;
-  for (const auto& [kind, in, out, has_bias] : layers) network.add(activation_named(kind), in, out, has_bias);
-  if (layers.empty()) throw py::value_error("there are no layers; at least one is wanted.");
-  require_size(in_features, network.in_features(), "a row of x");
-  require_size(out_features, network.out_features(), "a row of y");
-  require_size(parameters, network.parameters(), "the parameters");
-  return network;
-}
 
 // (begin, end, lr, momentum, dampening, weight_decay, nesterov, maximize, first_step)
 using RangeTuple = std::tuple<std::size_t, std::size_t, double, double, double, double, bool, bool, bool>;
@@ -146,27 +100,6 @@ double squared_error(const Array& x, const Array& target, const Array& parameter
   });
 }
 
-Array forward(const Layers& layers, const Array& x, const Array& parameters) {
-  return with_dtype(parameters, "the parameters", [&](auto zero) -> Array {
-    using T = decltype(zero);
-    const Rows<T> rows = read_rows<T>(x, "x");
-    const Flat<const T> p = read_flat<T>(parameters, "the parameters");
-    const std::size_t outputs = layers.empty() ? 0 : std::get<2>(layers.back());
-    const Network network = as_network(layers, rows.cols, outputs, p.size);
-    py::array_t<T> result({static_cast<py::ssize_t>(rows.rows), static_cast<py::ssize_t>(outputs)});
-    T* const y = result.mutable_data();
-    NetworkScratch<T> scratch(network, rows.rows, false, Need::outputs);
-    const bool finite = interruptible([&](Interrupt& interrupt) {
-      return network_forward(network, rows.rows, rows.data, rows.stride, p.data, y, scratch, interrupt);
-    });
-    if (!finite) {
-      PyErr_SetString(PyExc_FloatingPointError, "an output is not finite.");
-      throw py::error_already_set();
-    }
-    return py::reinterpret_steal<Array>(result.release());
-  });
-}
-
 double hessian_eigenvalue(const Array& x, bool has_bias) {
   return with_dtype(x, "x", [&](auto zero) {
     using T = decltype(zero);
@@ -237,8 +170,6 @@ void define_training(py::module_& m) {
         py::arg("loss_limit"), py::arg("losses"), py::arg("progress") = py::none());
   m.def("squared_error", squared_error, "The sum of squared errors of a model over all rows.", py::arg("x"), py::arg("target"),
         py::arg("parameters"), py::arg("layers"));
-  m.def("network_forward", forward, "The outputs of layers (kind, in_features, out_features, has_bias), one after the other.",
-        py::arg("layers"), py::arg("x"), py::arg("parameters"));
   m.def("hessian_eigenvalue", hessian_eigenvalue, "The largest eigenvalue of 2 [x 1]^T [x 1] (without bias, 2 x^T x).", py::arg("x"),
         py::arg("has_bias"));
   m.def("shuffle_order", order_of, "The pseudo-random order of 0 ... rows - 1 that belongs to a seed.", py::arg("seed"), py::arg("rows"));

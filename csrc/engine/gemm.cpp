@@ -28,8 +28,8 @@ constexpr std::size_t depth_copied = 16;
 constexpr std::size_t tiles_to_pack_b = 3;
 // Cycles for each element packed, a transposition (from L2), next to 2 multiply-adds of a vector in a cycle.
 constexpr double cycles_to_pack = 0.25;
-// Waking threads costs about 5 us, 20,000 cycles: on one thread, twice that is done before.
-constexpr double cycles_to_share = 40'000;
+// Less than about 5 us of work is not worth sharing: a thread that spins takes part within 0.5 us, one that sleeps after some 5 us.
+constexpr double cycles_to_share = 20'000;
 // A task of so many cycles, about 0.25 ms, does not feel that it is handed out: larger ones are cut, so that a core which is shared with
 // others takes fewer of them.
 constexpr double cycles_of_task = 1'000'000;

@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -93,27 +94,37 @@ void add_column_sums(std::size_t rows, std::size_t cols, const T* g, T* total) {
 }  // namespace
 
 template <class T>
-void linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* x, std::size_t x_stride,
-                    const T* weight, const T* bias, T* y, Activation activation, const PackedMatrix<T>* packed) {
+bool linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* x, std::size_t x_stride,
+                    const T* weight, const T* bias, T* y, Activation activation, bool check, const PackedMatrix<T>* packed) {
   const KernelTable<T>& kernel = table<T>();
+  std::atomic<bool> finite{true};  // relaxed: a flag alone, which the threads' barrier publishes
+  const auto finish = [&](std::size_t row, std::size_t count, std::size_t col, std::size_t cols) {
+    T* const block = y + row * out_features + col;
+    if (check) {
+      const bool whole = cols == out_features;
+      for (std::size_t r = 0; r < (whole ? 1 : count); ++r)
+        if (!kernel.all_finite(whole ? count * cols : cols, block + r * out_features)) finite.store(false, std::memory_order_relaxed);
+    }
+    kernel.activation_forward(activation, count, cols, block, out_features);
+  };
+  const bool to_finish = check || activation != Activation::none;
   if (out_features >= few_outputs) {
     Product<T> p{rows, out_features, in_features, {x, x_stride, 1}, {weight, 1, in_features}};
     p.packed = packed;
     p.bias = bias;
     p.c = y;
     p.c_stride = out_features;
-    const auto activate = [&](std::size_t row, std::size_t count, std::size_t col, std::size_t cols) {
-      kernel.activation_forward(activation, count, cols, y + row * out_features + col, out_features);
-    };
-    if (activation != Activation::none) p.finish = activate;
-    return gemm(p);
+    if (to_finish) p.finish = finish;
+    gemm(p);
+  } else {
+    const std::size_t task_rows = rows_per_task(in_features, out_features, sizeof(T));
+    parallel_for(ceil_divide(rows, task_rows), [&](std::size_t task, std::size_t) {
+      const std::size_t begin = task * task_rows, count = std::min(task_rows, rows - begin);
+      kernel.linear_forward(count, in_features, out_features, x + begin * x_stride, x_stride, weight, bias, y + begin * out_features);
+      if (to_finish) finish(begin, count, 0, out_features);
+    });
   }
-  const std::size_t task_rows = rows_per_task(in_features, out_features, sizeof(T));
-  parallel_for(ceil_divide(rows, task_rows), [&](std::size_t task, std::size_t) {
-    const std::size_t begin = task * task_rows, count = std::min(task_rows, rows - begin);
-    kernel.linear_forward(count, in_features, out_features, x + begin * x_stride, x_stride, weight, bias, y + begin * out_features);
-    kernel.activation_forward(activation, count, out_features, y + begin * out_features, out_features);
-  });
+  return finite.load(std::memory_order_relaxed);
 }
 
 template <class T>
@@ -358,7 +369,7 @@ double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, cons
 }
 
 #define GDLIB_INSTANTIATE(T)                                                                                                          \
-  template void linear_forward(std::size_t, std::size_t, std::size_t, const T*, std::size_t, const T*, const T*, T*, Activation,      \
+  template bool linear_forward(std::size_t, std::size_t, std::size_t, const T*, std::size_t, const T*, const T*, T*, Activation, bool, \
                                const PackedMatrix<T>*);                                                                               \
   template void linear_input_gradient(std::size_t, std::size_t, std::size_t, const T*, const T*, T*, Activation, const T*);           \
   template void linear_weight_gradient(std::size_t, std::size_t, std::size_t, const T*, const T*, std::size_t, bool, T*, T*,          \

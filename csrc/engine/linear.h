@@ -15,10 +15,10 @@ namespace gdlib {
 constexpr std::size_t few_outputs = 8;
 
 // y[rows, out] = activation(x[rows, in] weight[out, in]^T + bias[out]); bias may be null, `packed` is weight^T laid out before, or null.
-// A row's bits do not depend on the other rows.
+// A row's bits do not depend on the other rows. With `check`, false when a number that the activation gets is not finite.
 template <class T>
-void linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* x, std::size_t x_stride,
-                    const T* weight, const T* bias, T* y, Activation activation = Activation::none,
+bool linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* x, std::size_t x_stride,
+                    const T* weight, const T* bias, T* y, Activation activation = Activation::none, bool check = false,
                     const PackedMatrix<T>* packed = nullptr);
 
 // input_gradient[rows, in] = g[rows, out] weight[out, in], times the derivative of the activation whose outputs are `input`, if any.

@@ -46,6 +46,7 @@ bool works_in_place(const Network& network, std::size_t layer) {
 
 template <class T>
 NetworkScratch<T>::NetworkScratch(const Network& network, std::size_t batch_rows, bool scattered, Need need) {
+  capacity = batch_rows;
   if (network.is_lone_linear() && need == Need::gradient) return;
   constexpr std::size_t line = 64 / sizeof(T);
   const std::vector<Layer>& layers = network.layers();
@@ -82,8 +83,9 @@ namespace {
 template <class T>
 class Pass {
  public:
-  Pass(const Network& network, const T* parameters, NetworkScratch<T>& scratch, Interrupt& interrupt)
-      : network_(network), parameters_(parameters), scratch_(scratch), interrupt_(interrupt) {}
+  Pass(const Network& network, const T* parameters, NetworkScratch<T>& scratch, Interrupt& interrupt,
+       const std::vector<PackedMatrix<T>>* packed = nullptr)
+      : network_(network), parameters_(parameters), scratch_(scratch), interrupt_(interrupt), packed_(packed) {}
 
   // Rows `begin` and on of a batch: where they lie, or gathered where an index scatters them. They stay the input of the pass.
   void take(const Batch<T>& batch, std::size_t begin, std::size_t rows) {
@@ -115,11 +117,12 @@ class Pass {
       if (interrupt_.check_after(rows_ * layer.weights())) return false;
       T* const y = at(scratch_.outputs[i]);
       if (layer.is_linear()) {
-        // An activation is taken along while the product's rows are in the cache; not past a check that it may hide infinity from.
-        const bool fused = !finite && i + 1 < layers.size() && works_in_place(network_, i + 1);
-        linear_forward<T>(rows_, layer.in_features, layer.out_features, input(i), input_stride(i), weight(layer), bias(layer), y,
-                          fused ? layers[i + 1].activation : Activation::none);
-        if (finite && !table<T>().all_finite(rows_ * layer.out_features, y)) return false;
+        // An activation is taken along while the product's rows are in the cache.
+        const bool fused = i + 1 < layers.size() && works_in_place(network_, i + 1);
+        const bool good =
+            linear_forward<T>(rows_, layer.in_features, layer.out_features, input(i), input_stride(i), weight(layer), bias(layer), y,
+                              fused ? layers[i + 1].activation : Activation::none, finite, packed(i));
+        if (!good) return false;
         i += fused;
       } else {
         if (!works_in_place(network_, i))
@@ -199,6 +202,7 @@ class Pass {
   T* at(std::size_t place) const { return scratch_.arena.data() + place; }
   const T* input(std::size_t layer) const { return layer ? at(scratch_.outputs[layer - 1]) : x_; }
   std::size_t input_stride(std::size_t layer) const { return layer ? network_.layers()[layer].in_features : x_stride_; }
+  const PackedMatrix<T>* packed(std::size_t layer) const { return packed_ && (*packed_)[layer].cols() ? &(*packed_)[layer] : nullptr; }
   const T* weight(const Layer& layer) const { return parameters_ + layer.begin_weight; }
   const T* bias(const Layer& layer) const { return layer.has_bias ? weight(layer) + layer.weights() : nullptr; }
 
@@ -225,6 +229,7 @@ class Pass {
   const T* parameters_;
   NetworkScratch<T>& scratch_;
   Interrupt& interrupt_;
+  const std::vector<PackedMatrix<T>>* packed_;
   std::size_t rows_ = 0, x_stride_ = 0;
   const T* x_ = nullptr;
   const T* target_ = nullptr;
@@ -234,11 +239,11 @@ class Pass {
 
 template <class T>
 bool network_forward(const Network& network, std::size_t rows, const T* x, std::size_t x_stride, const T* parameters, T* y,
-                     NetworkScratch<T>& scratch, Interrupt& interrupt) {
+                     NetworkScratch<T>& scratch, Interrupt& interrupt, const std::vector<PackedMatrix<T>>* packed) {
   if (rows == 0) return true;
   const std::size_t out = network.out_features();
   const Batch<T> batch{x, x_stride, y, nullptr, rows, 0, false};  // its targets are not read
-  Pass<T> pass(network, parameters, scratch, interrupt);
+  Pass<T> pass(network, parameters, scratch, interrupt, packed);
   for (std::size_t begin = 0; begin < rows; begin += scratch.rows) {
     const std::size_t count = std::min(scratch.rows, rows - begin);
     pass.take(batch, begin, count);
@@ -299,7 +304,8 @@ double network_squared_error_gradient(const Network& network, const Batch<T>& ba
 
 #define GDLIB_INSTANTIATE(T)                                                                                                             \
   template struct NetworkScratch<T>;                                                                                                     \
-  template bool network_forward(const Network&, std::size_t, const T*, std::size_t, const T*, T*, NetworkScratch<T>&, Interrupt&);       \
+  template bool network_forward(const Network&, std::size_t, const T*, std::size_t, const T*, T*, NetworkScratch<T>&, Interrupt&,         \
+                                const std::vector<PackedMatrix<T>>*);                                                                    \
   template double network_squared_error(const Network&, const Batch<T>&, const T*, NetworkScratch<T>&, Interrupt&);                      \
   template double network_squared_error_gradient(const Network&, const Batch<T>&, const T*, T*, NetworkScratch<T>&, Interrupt&,  \
                                                  SegmentVisitor);

@@ -57,6 +57,7 @@ struct NetworkScratch {
   NetworkScratch(const Network& network, std::size_t batch_rows, bool scattered, Need need);
 
   std::size_t rows = 0;              // of one pass
+  std::size_t capacity = 0;          // of a call
   std::vector<std::size_t> outputs;  // of each layer: where they begin in the arena, and so on
   std::size_t gradients[2] = {};     // of a layer's output and of its input, in turn
   std::size_t gathered = 0;          // the rows of x that an index scatters, and their targets
@@ -68,10 +69,10 @@ struct NetworkScratch {
 };
 
 // y[rows, out] of x[rows, in]; false when a linear layer's output is not finite, or after an interrupt. A row's bits do not depend on the
-// other rows.
+// other rows. `packed`: the weights of layers laid out before, by layer, empty where they are not.
 template <class T>
 bool network_forward(const Network& network, std::size_t rows, const T* x, std::size_t x_stride, const T* parameters, T* y,
-                     NetworkScratch<T>& scratch, Interrupt& interrupt);
+                     NetworkScratch<T>& scratch, Interrupt& interrupt, const std::vector<PackedMatrix<T>>* packed = nullptr);
 
 // The sum of squared errors over the batch. Meaningless once `interrupt` has been requested.
 template <class T>
