@@ -8,6 +8,7 @@ import numpy.typing
 import typing
 
 __all__: list[str] = [
+    "Predictor",
     "activation_backward",
     "activation_forward",
     "all_finite",
@@ -15,6 +16,7 @@ __all__: list[str] = [
     "average",
     "compiler",
     "cpu_features",
+    "few_outputs",
     "fill_uniform",
     "hessian_eigenvalue",
     "isa",
@@ -34,6 +36,22 @@ __all__: list[str] = [
     "take_rows",
     "train",
 ]
+
+class Predictor:
+    """
+    A frozen copy of a network, laid out for predictions; threads may share it.
+    """
+    def __call__(self, x: numpy.typing.NDArray[typing.Any]) -> numpy.typing.NDArray[typing.Any]:
+        """
+        The outputs of x[rows, in_features].
+        """
+    def __init__(
+        self,
+        layers: collections.abc.Sequence[
+            tuple[str, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bool]
+        ],
+        parameters: numpy.typing.NDArray[typing.Any],
+    ) -> None: ...
 
 def activation_backward(
     kind: str, y: numpy.typing.NDArray[typing.Any], g: numpy.typing.NDArray[typing.Any], out: numpy.typing.NDArray[typing.Any] | None = None
@@ -243,3 +261,5 @@ def train(
     """
     Advances the parameters from first_step to last_step in one call; returns (stop, steps_done), where stop is 'finished', 'non_finite' or 'above_limit'. progress(epochs done) is called now and then.
     """
+
+few_outputs: int = 8

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gdlib import validation
+from gdlib import _core, validation
 from gdlib.errors import DivergenceError
 from gdlib.parameters import Arena, Parameter
 
@@ -59,7 +59,7 @@ class Module:
 
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """Copies of the parameters by name, under PyTorch's keys."""
-        return {name: parameter.data.copy() for name, parameter in self.named_parameters()}
+        return {name: parameter._data.copy() for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy the parameters in, all or none; anything that NumPy can view.
@@ -96,6 +96,8 @@ class Model(Module):
     out_features: int
     dtype: np.dtype[Any]
     _arena: Arena
+    _predictor: _core.Predictor | None = None
+    _seen_version = -1  # of the arena, by the prediction before
     feature_names: list[str] | None = None
     target_names: list[str] | None = None
     training_summary: dict[str, Any] | None = None  # of the fit that these parameters come from; saved with the model
@@ -103,6 +105,26 @@ class Model(Module):
     def architecture(self) -> list[LayerTuple]:
         """The layers as (kind, in_features, out_features, bias)."""
         raise NotImplementedError
+
+    def _span(self) -> tuple[int, int]:
+        """Where the parameters lie in the arena."""
+        raise NotImplementedError
+
+    def _kept_predictor(self) -> _core.Predictor | None:
+        """The weights laid out for predictions, once a second one finds the parameters as the one before.
+
+        None while they may change unseen: as long as someone holds an array that `parameter.data` gave out.
+        """
+        arena = self._arena
+        if arena.version != self._seen_version or not arena.exclusive():
+            self._predictor, self._seen_version = None, arena.version if arena.exclusive() else -1
+        elif self._predictor is None:
+            begin, end = self._span()
+            self._predictor = _core.Predictor(self.architecture(), arena.data[begin:end])
+        return self._predictor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_predictor": None, "_seen_version": -1}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

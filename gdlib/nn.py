@@ -78,9 +78,15 @@ class Linear(Model):
     forward = __call__
 
     def predict(self, x: Any) -> npt.NDArray[Any]:
-        """The layer's output, [..., out_features]; nothing is remembered, so that threads may share the model."""
+        """The layer's output, [..., out_features]; no input is remembered, so that threads may share the model.
+
+        From the second call on, the weights of a layer with many outputs are kept in the kernels' own order, in memory of as many bytes,
+        until they change: one row then costs about one reading of them.
+        """
         bias = self.bias
         try:
+            if self.out_features >= _core.few_outputs and (predictor := self._kept_predictor()) is not None:
+                return predictor(x)
             return _core.linear_forward(x, self.weight._data, None if bias is None else bias._data, None)
         except (TypeError, ValueError, FloatingPointError):
             return self._forward(x, None)[1]
@@ -118,8 +124,11 @@ class Linear(Model):
             result = _core.linear_backward(flat, x, self.weight._data, self.weight._grad, bias, flat_out(out, shape, self.dtype))
             return result.reshape(*array.shape[:-1], self.in_features)
 
+    def _span(self) -> tuple[int, int]:
+        return self.weight.begin, (self.bias or self.weight).end
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_input": None}
+        return super().__getstate__() | {"_input": None}
 
     def __repr__(self) -> str:
         return f"Linear(in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, dtype={self.dtype})"
@@ -296,9 +305,14 @@ class Sequential(Model):
         return np.ascontiguousarray(rows).reshape(*validation.as_array(x, "x").shape[:-1], self.in_features)
 
     def predict(self, x: Any, /) -> npt.NDArray[Any]:
-        """The output, [..., out_features], in one native call; nothing is remembered, so that threads may share the model."""
-        parameters = self._arena.data[self._begin : self._end]
+        """The output, [..., out_features], in one native call; no input is remembered, so that threads may share the model.
+
+        From the second call on, the weights are kept in the kernels' own order, in memory of as many bytes, until they change.
+        """
+        parameters = self._arena.flat(self._begin, self._end)[0]
         try:
+            if (predictor := self._kept_predictor()) is not None:
+                return predictor(x)
             return _core.network_forward(self._architecture, x, parameters)
         except (TypeError, ValueError, FloatingPointError):
             rows = validation.as_rows(x, self.in_features, self.dtype, "x")
@@ -318,6 +332,9 @@ class Sequential(Model):
         for layer, in_place in self._steps_back:
             g = layer.backward(g, g if in_place else None)
         return g
+
+    def _span(self) -> tuple[int, int]:
+        return self._begin, self._end
 
     def __len__(self) -> int:
         return len(self._layers)

@@ -31,8 +31,7 @@ class _Run:
         self._view()
 
     def _view(self) -> None:
-        self.data = self.arena.data[self.begin : self.end]
-        self.grad = self.arena.grad[self.begin : self.end]
+        self.data, self.grad = self.arena.flat(self.begin, self.end)
 
     def __getstate__(self) -> Any:
         return self.arena, self.begin, self.end, self.buffer, self.started
@@ -140,6 +139,7 @@ class SGD:
                 self._check(group)
             if run.arena.vacated:
                 self._refuse_vacated()
+            run.arena.version += 1
             if momentum and run.buffer is None:
                 run.buffer = aligned_zeros(run.end - run.begin, run.data.dtype)
             _core.sgd_update(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +12,9 @@ from gdlib import validation
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+# Without the GIL an object's references are not all counted in one place.
+_COUNTS_REFERENCES = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 
 LINE_BYTES = 64  # vector loads of a whole cache line never straddle two
 
@@ -24,15 +29,39 @@ def aligned_zeros(size: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 class Arena:
     """One contiguous vector of parameters and one of their gradients: an update, an average or a save is one call over it.
 
-    `vacated` is set once the parameters have moved into another arena: who still holds this one holds nothing.
+    `version` counts the changes of `data`, so that who keeps something made from it knows when that is out of date. `vacated` is set once
+    the parameters have moved into another arena: who still holds this one holds nothing.
     """
 
-    __slots__ = ("data", "grad", "vacated")
+    __slots__ = ("_owner", "_slices", "_views", "data", "grad", "vacated", "version")
 
     def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
         self.data = aligned_zeros(size, dtype)
         self.grad = aligned_zeros(size, dtype)
         self.vacated = False
+        self.version = 0
+        self._owner = self.data.base  # of the memory: NumPy makes it the base of every view of a view
+        self._views = 1  # of the data that gdlib itself holds
+        self._slices: dict[tuple[int, int], tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
+
+    def view(self, begin: int, shape: tuple[int, ...]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Data and gradient from `begin` on, for one who never hands out this very view of the data."""
+        end = begin + int(np.prod(shape))
+        self._views += 1
+        return self.data[begin:end].reshape(shape), self.grad[begin:end].reshape(shape)
+
+    def flat(self, begin: int, end: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The same as vectors, kept for as long as the arena."""
+        if (begin, end) not in self._slices:
+            self._slices[begin, end] = self.view(begin, (end - begin,))
+        return self._slices[begin, end]
+
+    def exclusive(self) -> bool:
+        """Whether nobody outside gdlib holds a view of the data, through which it could change unseen.
+
+        Every such view holds a reference to the memory's owner, as this arena, the views that it knows and the call itself do.
+        """
+        return _COUNTS_REFERENCES and getrefcount(self._owner) == self._views + 2
 
     def __getstate__(self) -> Any:
         return self.data, self.grad, self.vacated
@@ -59,8 +88,7 @@ class Parameter:
         self.arena = arena
         self.begin = begin
         self.end = begin + int(np.prod(shape))
-        self._data = arena.data[begin : self.end].reshape(shape)
-        self._grad = arena.grad[begin : self.end].reshape(shape)
+        self._data, self._grad = arena.view(begin, shape)
 
     def move(self, arena: Arena, begin: int) -> None:
         """Take values and gradient along to `begin` in another arena."""
@@ -70,10 +98,12 @@ class Parameter:
 
     @property
     def data(self) -> npt.NDArray[Any]:
-        return self._data
+        self.arena.version += 1  # it may be written to
+        return self._data.view()
 
     @data.setter
     def data(self, value: npt.ArrayLike) -> None:
+        self.arena.version += 1
         self._assign(self._data, value)
 
     @property
@@ -89,9 +119,10 @@ class Parameter:
         return self._data.shape
 
     def _assign(self, into: npt.NDArray[Any], value: npt.ArrayLike) -> None:
-        if value is into:  # `parameter.grad += g` assigns the array that it has changed in place
-            return
         array = validation.as_array(value, self.name)
+        # `parameter.grad += g` assigns the array that it has changed in place.
+        if array.dtype == into.dtype and array.shape == into.shape and array.ctypes.data == into.ctypes.data:
+            return
         if array.shape != into.shape:
             raise ValueError(f"{self.name} has shape {into.shape}; an array of shape {array.shape} does not fit.")
         into[...] = self.converted(array)

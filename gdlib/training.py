@@ -202,6 +202,7 @@ class Run:
         """One native call. Momentum is handed back to the optimizer however the call ends, if a step was made."""
         ranges = [(*r[:8], r[8] and first_step == 0) for r in self.ranges]
         moved = first_step > 0
+        self.arena.version += 1
         try:
             stop, step = _core.train(
                 self.X,
@@ -222,6 +223,7 @@ class Run:
             moved = step > 0
             return stop, step
         finally:
+            self.arena.version += 1  # whatever was made of it meanwhile
             if moved or self.losses.any():  # the latter after Ctrl-C, which returns no step
                 self.optimizer.set_momentum_buffer(self.momentum)
 
@@ -280,6 +282,7 @@ class Run:
         validation.require_finite(self.given[1], self.y, "y")
 
     def _restore(self) -> None:
+        self.arena.version += 1
         self.arena.data[:] = self.start
         if self.momentum is not None and self.start_momentum is not None:
             self.momentum[:] = self.start_momentum

@@ -27,7 +27,7 @@ PYTHON = {
     "validation": set(),
     "datasets": set(),
     "parameters": {"validation"},
-    "modules": {"errors", "validation", "parameters"},
+    "modules": BASE | {"validation", "parameters"},
     "nn": BASE | {"validation", "parameters", "modules"},
     "losses": BASE | {"validation"},
     "data": BASE | {"validation"},

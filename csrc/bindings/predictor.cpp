@@ -90,6 +90,7 @@ class PyPredictor {
 void define_predictor(py::module_& m) {
   m.def("network_forward", forward, "The outputs of layers (kind, in_features, out_features, has_bias), one after the other.",
         py::arg("layers"), py::arg("x"), py::arg("parameters"));
+  m.attr("few_outputs") = few_outputs;  // layers with fewer read their weights as they are
   py::class_<PyPredictor>(m, "Predictor", "A frozen copy of a network, laid out for predictions; threads may share it.")
       .def(py::init<const Layers&, const Array&>(), py::arg("layers"), py::arg("parameters"))
       .def("__call__", &PyPredictor::call, "The outputs of x[rows, in_features].", py::arg("x"));

@@ -299,6 +299,7 @@ def fit(
             seconds = time.perf_counter() - begin
     finally:
         if kept is not None:
+            run.arena.version += 1
             run.arena.data[:] = kept[: task.parameters]
             optimizer.set_momentum_buffer(kept[task.parameters :] if task.has_momentum else None)
     return run.finish(seconds, workers=workers)

@@ -43,7 +43,9 @@ def test_the_same_as_step_by_step(isa, dtype, options, has_bias):
         for ranges in ([(0, n, *options)], [(0, n // 2, *options), (n // 2, n, *options)]):
             parameters, momentum = Guarded(start), Guarded(buffer)
             order = seeds if features % 2 else None
-            stop, _, losses = train(x, target, parameters.array, momentum.array, has_bias, ranges, batch_size, order, mean=bool(batch_size % 2))
+            stop, _, losses = train(
+                x, target, parameters.array, momentum.array, has_bias, ranges, batch_size, order, mean=bool(batch_size % 2)
+            )
             assert stop == "finished"
             parameters.check()
             momentum.check()
