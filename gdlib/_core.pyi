@@ -9,6 +9,7 @@ import typing
 
 __all__: list[str] = [
     "Predictor",
+    "ShuffledBatches",
     "activation_backward",
     "activation_forward",
     "all_finite",
@@ -33,9 +34,22 @@ __all__: list[str] = [
     "squared_error_gradient",
     "squared_error_sum",
     "squared_error_terms",
-    "take_rows",
     "train",
 ]
+
+class ShuffledBatches:
+    """
+    Iterates over batches: for each array a new one of its rows in the order, up to end.
+    """
+    def __init__(
+        self,
+        arrays: tuple[numpy.typing.NDArray[typing.Any], ...],
+        order: numpy.typing.NDArray[typing.Any],
+        batch_size: typing.SupportsInt | typing.SupportsIndex,
+        end: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def __iter__(self) -> collections.abc.Iterator[tuple[numpy.typing.NDArray[typing.Any], ...]]: ...
+    def __next__(self) -> tuple[numpy.typing.NDArray[typing.Any], ...]: ...
 
 class Predictor:
     """
@@ -216,16 +230,6 @@ def squared_error_terms(
 ) -> numpy.typing.NDArray[typing.Any]:
     """
     (output - target)^2, element by element.
-    """
-
-def take_rows(
-    arrays: tuple[numpy.typing.NDArray[typing.Any], ...],
-    order: numpy.typing.NDArray[typing.Any],
-    begin: typing.SupportsInt | typing.SupportsIndex,
-    end: typing.SupportsInt | typing.SupportsIndex,
-) -> tuple[numpy.typing.NDArray[typing.Any], ...]:
-    """
-    For each array a new one of its rows order[begin:end].
     """
 
 def train(

@@ -53,11 +53,10 @@ class DataLoader:
         return self.rows // self.batch_size if self.drop_last else -(-self.rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        size, arrays = self.batch_size, self.arrays
-        begins = range(0, len(self) * size, size)
+        size, end = self.batch_size, min(len(self) * self.batch_size, self.rows)
+        batches: Iterator[tuple[Any, ...]]
         if self.shuffle:
-            order, take, rows = draw_order(self.seed, self.rows), _core.take_rows, self.rows
-            batches = (take(arrays, order, begin, min(begin + size, rows)) for begin in begins)
+            batches = _core.ShuffledBatches(self.arrays, draw_order(self.seed, self.rows), size, end)
         else:
-            batches = (tuple([array[begin : begin + size] for array in arrays]) for begin in begins)
-        return batches if len(arrays) > 1 else (batch[0] for batch in batches)
+            batches = (tuple([array[begin : begin + size] for array in self.arrays]) for begin in range(0, end, size))
+        return batches if len(self.arrays) > 1 else (batch[0] for batch in batches)

@@ -126,15 +126,20 @@ inline void require_shape(py::handle value, std::size_t rows, std::size_t cols, 
     throw py::value_error(std::string(name) + " must have shape [" + std::to_string(rows) + ", " + std::to_string(cols) + "].");
 }
 
-// A new C-contiguous array, straight from NumPy: py::array_t would take twice as long to work out the strides.
-template <class T>
-Array new_array(std::size_t dimensions, const py::ssize_t* shape) {
+// A new C-contiguous array, straight from NumPy: py::array would take twice as long to work out the strides.
+inline Array new_array(PyObject* dtype, std::size_t dimensions, const py::ssize_t* shape) {
   const py::detail::npy_api& api = py::detail::npy_api::get();
-  PyObject* const dtype = py::dtype::of<T>().release().ptr();
+  Py_INCREF(dtype);  // the call takes a reference over
   PyObject* const array = api.PyArray_NewFromDescr_(api.PyArray_Type_, dtype, static_cast<int>(dimensions),
                                                     const_cast<Py_intptr_t*>(shape), nullptr, nullptr, 0, nullptr);
   if (!array) throw py::error_already_set();
   return py::reinterpret_steal<Array>(array);
+}
+
+template <class T>
+Array new_array(std::size_t dimensions, const py::ssize_t* shape) {
+  static PyObject* const dtype = py::dtype::of<T>().release().ptr();
+  return new_array(dtype, dimensions, shape);
 }
 
 template <class T>

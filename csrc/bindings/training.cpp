@@ -121,34 +121,66 @@ Array order_of(std::uint64_t seed, std::uint32_t rows) {
 
 using Arrays = py::typing::Tuple<Array, py::ellipsis>;
 
-// For each array a new one of its rows order[begin], ..., order[end - 1]; any dtype without Python objects.
-Arrays take_rows(const Arrays& arrays, const Array& order, std::size_t begin, std::size_t end) {
-  const Flat<const std::uint32_t> index = read_flat<std::uint32_t>(order, "order");
-  if (begin > end || end > index.size) throw py::value_error("the range does not lie inside the order.");
-  const std::size_t count = end - begin;
-  const std::uint32_t largest = count ? *std::max_element(index.data + begin, index.data + end) : 0;
-  py::tuple results(arrays.size());
-  for (std::size_t k = 0; k < arrays.size(); ++k) {
-    const py::array array = as_array(arrays[k], "the array");
-    constexpr std::uint64_t has_objects = 1;  // NPY_ITEM_HASOBJECT
-    if (array.ndim() < 1 || !(array.flags() & py::array::c_style) || (array.dtype().flags() & has_objects))
-      throw py::value_error("the array must be C-contiguous, with one dimension or more, and hold no Python objects.");
-    const auto rows = static_cast<std::size_t>(array.shape(0));
-    if (count && largest >= rows) throw py::index_error("order names a row that the array does not have.");
-    std::vector<py::ssize_t> shape(array.shape(), array.shape() + array.ndim());
-    shape[0] = static_cast<py::ssize_t>(count);
-    py::array result(array.dtype(), std::move(shape));
-    const std::size_t row_bytes = rows ? static_cast<std::size_t>(array.nbytes()) / rows : 0;
-    const char* const from = static_cast<const char*>(array.data());
-    char* const to = static_cast<char*>(result.mutable_data());
-    {
-      const WithoutGil released;
-      for (std::size_t i = 0; i < count; ++i) std::memcpy(to + i * row_bytes, from + index.data[begin + i] * row_bytes, row_bytes);
+// Iterates over batches of rows in a given order: for each array a new one of its rows order[0], ..., order[batch_size - 1], and so on up to
+// order[end - 1]. Any dtype without Python objects. What all batches have in common is worked out once.
+class ShuffledBatches {
+ public:
+  ShuffledBatches(const Arrays& arrays, const Array& order, std::size_t batch_size, std::size_t end)
+      : order_(order), index_(read_flat<std::uint32_t>(order, "order").data), batch_size_(batch_size), end_(end) {
+    if (batch_size == 0) throw py::value_error("batch_size is 0; at least 1 is wanted.");
+    require_end(read_flat<std::uint32_t>(order, "order").size);
+    const std::uint32_t largest = end ? *std::max_element(index_, index_ + end) : 0;
+    for (const py::handle item : arrays) {
+      const py::array array = as_array(item, "the array");
+      PyObject* const dtype = py::detail::array_proxy(array.ptr())->descr;
+      constexpr std::uint64_t has_objects = 1;  // NPY_ITEM_HASOBJECT
+      if (array.ndim() < 1 || !(array.flags() & py::array::c_style) || (py::reinterpret_borrow<py::dtype>(dtype).flags() & has_objects))
+        throw py::value_error("the array must be C-contiguous, with one dimension or more, and hold no Python objects.");
+      const auto rows = static_cast<std::size_t>(array.shape(0));
+      if (end && largest >= rows) throw py::index_error("order names a row that the array does not have.");
+      sources_.push_back({array, dtype, static_cast<const char*>(array.data()), rows ? static_cast<std::size_t>(array.nbytes()) / rows : 0,
+                          std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim())});
     }
-    results[k] = std::move(result);
   }
-  return results;
-}
+
+  Arrays next() {
+    if (begin_ >= end_) throw py::stop_iteration();
+    const std::size_t begin = begin_, count = std::min(batch_size_, end_ - begin);
+    begin_ += count;
+    py::tuple batch(sources_.size());
+    for (std::size_t k = 0; k < sources_.size(); ++k) {
+      Source& source = sources_[k];
+      source.shape[0] = static_cast<py::ssize_t>(count);
+      Array rows = new_array(source.dtype, source.shape.size(), source.shape.data());
+      char* const to = py::detail::array_proxy(rows.ptr())->data;
+      {
+        const WithoutGil released(count * source.row_bytes / 4);
+        for (std::size_t i = 0; i < count; ++i)
+          std::memcpy(to + i * source.row_bytes, source.data + index_[begin + i] * source.row_bytes, source.row_bytes);
+      }
+      PyTuple_SET_ITEM(batch.ptr(), static_cast<Py_ssize_t>(k), rows.release().ptr());
+    }
+    return py::reinterpret_steal<Arrays>(batch.release());
+  }
+
+ private:
+  struct Source {
+    py::array array;  // keeps the memory
+    PyObject* dtype;
+    const char* data;
+    std::size_t row_bytes;
+    std::vector<py::ssize_t> shape;  // of a batch
+  };
+
+  void require_end(std::size_t size) const {
+    if (end_ > size) throw py::value_error("end lies past the order.");
+  }
+
+  Array order_;  // keeps the memory
+  const std::uint32_t* index_;
+  std::size_t batch_size_, end_, begin_ = 0;
+  std::vector<Source> sources_;
+};
 
 void uniform(std::uint64_t seed, double bound, const Array& out) {
   with_dtype(out, "out", [&](auto zero) {
@@ -173,8 +205,11 @@ void define_training(py::module_& m) {
   m.def("hessian_eigenvalue", hessian_eigenvalue, "The largest eigenvalue of 2 [x 1]^T [x 1] (without bias, 2 x^T x).", py::arg("x"),
         py::arg("has_bias"));
   m.def("shuffle_order", order_of, "The pseudo-random order of 0 ... rows - 1 that belongs to a seed.", py::arg("seed"), py::arg("rows"));
-  m.def("take_rows", take_rows, "For each array a new one of its rows order[begin:end].", py::arg("arrays"), py::arg("order"),
-        py::arg("begin"), py::arg("end"));
+  py::class_<ShuffledBatches>(m, "ShuffledBatches", "Iterates over batches: for each array a new one of its rows in the order, up to end.")
+      .def(py::init<const Arrays&, const Array&, std::size_t, std::size_t>(), py::arg("arrays"), py::arg("order"), py::arg("batch_size"),
+           py::arg("end"))
+      .def("__iter__", [](py::object self) -> py::typing::Iterator<Arrays> { return self; })
+      .def("__next__", &ShuffledBatches::next);
   m.def("fill_uniform", uniform, "Fills out with numbers uniform in [-bound, bound], in place.", py::arg("seed"), py::arg("bound"),
         py::arg("out"));
 }

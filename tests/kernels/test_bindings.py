@@ -1,5 +1,6 @@
 """The border of _core: a wrong array is a TypeError or ValueError that names it, whatever else is right, and never a crash."""
 
+import gc
 import sys
 
 import numpy as np
@@ -232,21 +233,33 @@ def test_output_of_its_own():
     ],
     ids=["objects", "objects-in-a-structure", "column-major", "no-dimension", "list"],
 )
-def test_take_rows_refuses(array):
+def test_shuffled_batches_refuse(array):
     with pytest.raises((TypeError, ValueError), match=r"array"):
-        _core.take_rows((array,), np.zeros(1, np.uint32), 0, 1)
+        _core.ShuffledBatches((array,), np.zeros(1, np.uint32), 1, 1)
 
 
-def test_take_rows_refuses_an_order_that_does_not_fit():
+def test_shuffled_batches_refuse_an_order_that_does_not_fit():
     array, order = np.ones((3, 2)), np.array([0, 1, 3], np.uint32)
     with pytest.raises(IndexError):
-        _core.take_rows((array,), order, 0, 3)
-    assert _core.take_rows((array,), order, 0, 2)[0].shape == (2, 2)  # the row that does not exist is not asked for
-    for begin, end in ((2, 1), (0, 4)):
-        with pytest.raises(ValueError, match="range"):
-            _core.take_rows((array,), order, begin, end)
+        _core.ShuffledBatches((array,), order, 3, 3)
+    (batch,) = _core.ShuffledBatches((array,), order, 3, 2)  # the row that does not exist is not asked for
+    assert batch[0].shape == (2, 2)
+    with pytest.raises(ValueError, match="end"):
+        _core.ShuffledBatches((array,), order, 1, 4)
+    with pytest.raises(ValueError, match="batch_size"):
+        _core.ShuffledBatches((array,), order, 0, 2)
     with pytest.raises(TypeError):
-        _core.take_rows((array,), order.astype(np.int64), 0, 2)
+        _core.ShuffledBatches((array,), order.astype(np.int64), 1, 2)
+
+
+def test_shuffled_batches_keep_what_they_read():
+    batches = _core.ShuffledBatches((np.arange(6.0).reshape(3, 2),), np.array([2, 0, 1], np.uint32), 2, 3)
+    gc.collect()
+    first, second = batches
+    np.testing.assert_array_equal(first[0], [[4, 5], [0, 1]])
+    np.testing.assert_array_equal(second[0], [[2, 3]])
+    with pytest.raises(StopIteration):
+        next(batches)
 
 
 @pytest.mark.parametrize("rows", [0, 5])

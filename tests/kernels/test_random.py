@@ -112,7 +112,7 @@ DTYPES = ["?", "u1", "i2", "f4", "f8", "c16", "S5", "U3", "M8[s]", [("a", "i4"),
 
 @pytest.mark.parametrize("row_shape", [(), (3,), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("kind", DTYPES, ids=str)
-def test_take_rows(kind, row_shape):
+def test_shuffled_batches(kind, row_shape):
     rng = np.random.default_rng(5)
     itemsize = np.dtype(kind).itemsize
     count = 11 * int(np.prod(row_shape))
@@ -122,18 +122,24 @@ def test_take_rows(kind, row_shape):
         letters = letters.astype(np.uint32)[: count * 3]
     array = np.frombuffer(letters.tobytes(), kind).reshape(11, *row_shape)
     order = _core.shuffle_order(8, 11)
-    for begin, end in ((0, 11), (0, 0), (3, 7), (11, 11)):
-        (taken,) = _core.take_rows((array,), order, begin, end)
-        assert taken.dtype == array.dtype
-        assert taken.shape == (end - begin, *row_shape)
-        assert np.array_equal(taken, array[order[begin:end]])
+    for size, end in ((1, 11), (4, 11), (11, 11), (20, 11), (3, 7), (3, 0)):
+        begins = range(0, end, size)
+        batches = list(_core.ShuffledBatches((array, array[::-1].copy()), order, size, end))
+        assert len(batches) == len(begins)
+        for begin, (taken, other) in zip(begins, batches, strict=True):
+            rows = order[begin : min(begin + size, end)]
+            assert taken.dtype == array.dtype
+            assert taken.shape == (len(rows), *row_shape)
+            assert np.array_equal(taken, array[rows])
+            assert np.array_equal(other, array[::-1][rows])
 
 
-def test_take_rows_may_repeat_and_drop():
+def test_shuffled_batches_may_repeat_and_drop():
     array = np.arange(12.0).reshape(6, 2)
     order = np.array([5, 5, 0, 3], np.uint32)
-    assert np.array_equal(_core.take_rows((array,), order, 0, 4)[0], array[order])
+    ((taken,),) = _core.ShuffledBatches((array,), order, 4, 4)
+    assert np.array_equal(taken, array[order])
 
 
-def test_take_rows_of_nothing():
-    assert _core.take_rows((np.zeros((0, 3)),), np.zeros(0, np.uint32), 0, 0)[0].shape == (0, 3)
+def test_shuffled_batches_of_nothing():
+    assert list(_core.ShuffledBatches((np.zeros((0, 3)),), np.zeros(0, np.uint32), 1, 0)) == []
