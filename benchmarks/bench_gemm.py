@@ -76,6 +76,13 @@ def linear_forward(layer: Layer) -> Run:
     return lambda: (model(layer.x, out=into),)
 
 
+def linear_predict(layer: Layer) -> Run:
+    """The form for inference, which keeps packed weights from the second call on; its output is a new array."""
+    model = _model(layer)
+    model.predict(layer.x)
+    return lambda: (model.predict(layer.x),)
+
+
 def _model(layer: Layer) -> gdlib.Linear:
     model = gdlib.Linear(*layer.weight.shape[::-1], dtype=layer.x.dtype, seed=0)
     model.load_state_dict({"weight": layer.weight, "bias": layer.bias})
@@ -135,6 +142,7 @@ def _group(shape: tuple[int, int, int], dtype: str, part: str) -> Group:
         moved += rows * inputs + 2 * inputs * outputs  # the input's gradient is written; the weight's read and written
     contenders = [
         Contender("gdlib", linear_forward if part == FORWARD else linear_gradients),
+        *([Contender("gdlib", linear_predict, variant="predict")] if part == FORWARD else []),
         Contender("NumPy", partial(numpy_layer, part=part)),
         *peers.pytorch("PyTorch", partial(pytorch_layer, part=part), form="addmm, mm", around=peers.inference_mode),
         *(peers.pytorch("PyTorch", pytorch_linear, form="linear", around=peers.inference_mode) if part == FORWARD else []),
