@@ -9,8 +9,10 @@ from tests.kernels.guarded import Guarded, poisoned, values
 
 THREADS = (1, 2, 3, 5, 7, 8)
 
-# (rows, in_features, out_features). GEMM blocks 96 rows, 256 of depth and 768 columns, and uses threads from 2^19 multiply-adds; with fewer
-# than 8 outputs a task has 512 KiB of x, at least 64 rows. In a gradient, rows are the depth and in_features the columns.
+# (rows, in_features, out_features). A product has panels of up to 3 vectors and strips of up to 8 rows; a block of depth ends at 4 KiB of
+# a row, or where half of L2 is full; A is laid out anew where its rows are a multiple of 1 KiB apart; work for threads begins at about
+# 20,000 cycles; the rows of a gradient are cut after 16,384. With fewer than 8 outputs a task has 512 KiB of x, at least 64 rows. In a
+# gradient, rows are the depth and in_features the columns.
 SHAPES = [
     (95, 255, 9),
     (96, 256, 8),
@@ -20,6 +22,11 @@ SHAPES = [
     (97, 9, 1537),
     (257, 769, 8),
     (513, 130, 10),
+    (20, 2050, 100),
+    (300, 1100, 256),
+    (70, 200, 512),
+    (1100, 60, 256),
+    (16500, 9, 9),
     (129, 2049, 1),
     (200, 1111, 3),
     (700, 400, 7),
