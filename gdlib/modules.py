@@ -96,8 +96,8 @@ class Model(Module):
     out_features: int
     dtype: np.dtype[Any]
     _arena: Arena
-    _predictor: _core.Predictor | None = None
-    _seen_version = -1  # of the arena, by the prediction before
+    _kept: tuple[Arena, int, _core.Predictor] | None = None  # with the version of the parameters that it was made of
+    _seen: tuple[Arena, int] | None = None  # by the prediction before
     feature_names: list[str] | None = None
     target_names: list[str] | None = None
     training_summary: dict[str, Any] | None = None  # of the fit that these parameters come from; saved with the model
@@ -116,15 +116,25 @@ class Model(Module):
         None while they may change unseen: as long as someone holds an array that `parameter.data` gave out.
         """
         arena = self._arena
-        if arena.version != self._seen_version or not arena.exclusive():
-            self._predictor, self._seen_version = None, arena.version if arena.exclusive() else -1
-        elif self._predictor is None:
-            begin, end = self._span()
-            self._predictor = _core.Predictor(self.architecture(), arena.data[begin:end])
-        return self._predictor
+        version = arena.version
+        if not arena.exclusive():
+            self._kept = self._seen = None
+            return None
+        kept = self._kept
+        if kept is not None and kept[0] is arena and kept[1] == version:
+            return kept[2]
+        if self._seen is None or self._seen[0] is not arena or self._seen[1] != version:
+            self._kept, self._seen = None, (arena, version)
+            return None
+        begin, end = self._span()
+        predictor = _core.Predictor(self.architecture(), arena.view(begin, (end - begin,))[0])
+        if arena.version != version:  # another thread has written to them meanwhile
+            return None
+        self._kept = arena, version, predictor
+        return predictor
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_predictor": None, "_seen_version": -1}
+        return self.__dict__ | {"_kept": None, "_seen": None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

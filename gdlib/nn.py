@@ -309,7 +309,7 @@ class Sequential(Model):
 
         From the second call on, the weights are kept in the kernels' own order, in memory of as many bytes, until they change.
         """
-        parameters = self._arena.flat(self._begin, self._end)[0]
+        parameters = self._arena.view(self._begin, (self._end - self._begin,))[0]
         try:
             if (predictor := self._kept_predictor()) is not None:
                 return predictor(x)

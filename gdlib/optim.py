@@ -31,7 +31,7 @@ class _Run:
         self._view()
 
     def _view(self) -> None:
-        self.data, self.grad = self.arena.flat(self.begin, self.end)
+        self.data, self.grad = self.arena.view(self.begin, (self.end - self.begin,))
 
     def __getstate__(self) -> Any:
         return self.arena, self.begin, self.end, self.buffer, self.started
@@ -154,6 +154,7 @@ class SGD:
                 group["maximize"],
                 not run.started,
             )
+            run.arena.version += 1
             if momentum:
                 run.started = True
 

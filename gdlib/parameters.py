@@ -29,11 +29,11 @@ def aligned_zeros(size: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 class Arena:
     """One contiguous vector of parameters and one of their gradients: an update, an average or a save is one call over it.
 
-    `version` counts the changes of `data`, so that who keeps something made from it knows when that is out of date. `vacated` is set once
-    the parameters have moved into another arena: who still holds this one holds nothing.
+    `version` changes before and after `data` does, so that who keeps something made from it knows when that is out of date. `vacated` is
+    set once the parameters have moved into another arena: who still holds this one holds nothing.
     """
 
-    __slots__ = ("_owner", "_slices", "_views", "data", "grad", "vacated", "version")
+    __slots__ = ("_owner", "_views", "data", "grad", "vacated", "version")
 
     def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
         self.data = aligned_zeros(size, dtype)
@@ -41,27 +41,21 @@ class Arena:
         self.vacated = False
         self.version = 0
         self._owner = self.data.base  # of the memory: NumPy makes it the base of every view of a view
-        self._views = 1  # of the data that gdlib itself holds
-        self._slices: dict[tuple[int, int], tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
+        self._views: dict[tuple[int, tuple[int, ...]], tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
 
     def view(self, begin: int, shape: tuple[int, ...]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Data and gradient from `begin` on, for one who never hands out this very view of the data."""
-        end = begin + int(np.prod(shape))
-        self._views += 1
-        return self.data[begin:end].reshape(shape), self.grad[begin:end].reshape(shape)
-
-    def flat(self, begin: int, end: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """The same as vectors, kept for as long as the arena."""
-        if (begin, end) not in self._slices:
-            self._slices[begin, end] = self.view(begin, (end - begin,))
-        return self._slices[begin, end]
+        """Data and gradient from `begin` on, for one who never hands out this very view of the data. The arena keeps it."""
+        if (begin, shape) not in self._views:
+            end = begin + int(np.prod(shape))
+            self._views[begin, shape] = self.data[begin:end].reshape(shape), self.grad[begin:end].reshape(shape)
+        return self._views[begin, shape]
 
     def exclusive(self) -> bool:
         """Whether nobody outside gdlib holds a view of the data, through which it could change unseen.
 
-        Every such view holds a reference to the memory's owner, as this arena, the views that it knows and the call itself do.
+        Every such view holds a reference to the memory's owner, as `data`, the views that this arena keeps, the arena and the call do.
         """
-        return _COUNTS_REFERENCES and getrefcount(self._owner) == self._views + 2
+        return _COUNTS_REFERENCES and getrefcount(self._owner) == len(self._views) + 3
 
     def __getstate__(self) -> Any:
         return self.data, self.grad, self.vacated
@@ -104,7 +98,10 @@ class Parameter:
     @data.setter
     def data(self, value: npt.ArrayLike) -> None:
         self.arena.version += 1
-        self._assign(self._data, value)
+        try:
+            self._assign(self._data, value)
+        finally:
+            self.arena.version += 1
 
     @property
     def grad(self) -> npt.NDArray[Any]:

@@ -284,6 +284,7 @@ class Run:
     def _restore(self) -> None:
         self.arena.version += 1
         self.arena.data[:] = self.start
+        self.arena.version += 1
         if self.momentum is not None and self.start_momentum is not None:
             self.momentum[:] = self.start_momentum
 

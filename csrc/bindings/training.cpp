@@ -126,15 +126,17 @@ using Arrays = py::typing::Tuple<Array, py::ellipsis>;
 class ShuffledBatches {
  public:
   ShuffledBatches(const Arrays& arrays, const Array& order, std::size_t batch_size, std::size_t end)
-      : order_(order), index_(read_flat<std::uint32_t>(order, "order").data), batch_size_(batch_size), end_(end) {
+      : batch_size_(batch_size), end_(end) {
     if (batch_size == 0) throw py::value_error("batch_size is 0; at least 1 is wanted.");
-    require_end(read_flat<std::uint32_t>(order, "order").size);
-    const std::uint32_t largest = end ? *std::max_element(index_, index_ + end) : 0;
+    const Flat<const std::uint32_t> given = read_flat<std::uint32_t>(order, "order");
+    if (end > given.size) throw py::value_error("end lies past the order.");
+    order_.assign(given.data, given.data + end);  // a copy stays as it is checked here
+    const std::uint32_t largest = end ? *std::max_element(order_.begin(), order_.end()) : 0;
     for (const py::handle item : arrays) {
       const py::array array = as_array(item, "the array");
-      PyObject* const dtype = py::detail::array_proxy(array.ptr())->descr;
+      const py::dtype dtype = array.dtype();
       constexpr std::uint64_t has_objects = 1;  // NPY_ITEM_HASOBJECT
-      if (array.ndim() < 1 || !(array.flags() & py::array::c_style) || (py::reinterpret_borrow<py::dtype>(dtype).flags() & has_objects))
+      if (array.ndim() < 1 || !(array.flags() & py::array::c_style) || (dtype.flags() & has_objects))
         throw py::value_error("the array must be C-contiguous, with one dimension or more, and hold no Python objects.");
       const auto rows = static_cast<std::size_t>(array.shape(0));
       if (end && largest >= rows) throw py::index_error("order names a row that the array does not have.");
@@ -151,12 +153,12 @@ class ShuffledBatches {
     for (std::size_t k = 0; k < sources_.size(); ++k) {
       Source& source = sources_[k];
       source.shape[0] = static_cast<py::ssize_t>(count);
-      Array rows = new_array(source.dtype, source.shape.size(), source.shape.data());
+      Array rows = new_array(source.dtype.ptr(), source.shape.size(), source.shape.data());
       char* const to = py::detail::array_proxy(rows.ptr())->data;
       {
         const WithoutGil released(count * source.row_bytes / 4);
         for (std::size_t i = 0; i < count; ++i)
-          std::memcpy(to + i * source.row_bytes, source.data + index_[begin + i] * source.row_bytes, source.row_bytes);
+          std::memcpy(to + i * source.row_bytes, source.data + order_[begin + i] * source.row_bytes, source.row_bytes);
       }
       PyTuple_SET_ITEM(batch.ptr(), static_cast<Py_ssize_t>(k), rows.release().ptr());
     }
@@ -166,18 +168,13 @@ class ShuffledBatches {
  private:
   struct Source {
     py::array array;  // keeps the memory
-    PyObject* dtype;
+    py::dtype dtype;  // the array may be given another
     const char* data;
     std::size_t row_bytes;
     std::vector<py::ssize_t> shape;  // of a batch
   };
 
-  void require_end(std::size_t size) const {
-    if (end_ > size) throw py::value_error("end lies past the order.");
-  }
-
-  Array order_;  // keeps the memory
-  const std::uint32_t* index_;
+  std::vector<std::uint32_t> order_;
   std::size_t batch_size_, end_, begin_ = 0;
   std::vector<Source> sources_;
 };

@@ -13,20 +13,21 @@
 namespace gdlib {
 namespace {
 
+// The longest chain of additions in T over the rows of a gradient: more would lose small terms in a large sum, so that the sums of
+// shorter chains meet in double.
+constexpr std::size_t most_chain = 1 << 14;
+
 // Rows of one task: about 512 KiB, so that handing it out (under 1 us) does not count and its gradient stays in cache; at least 64 for
 // each output, so that the tasks' gradients together stay under 1/64 of x.
 std::size_t rows_per_task(std::size_t in_features, std::size_t out_features, std::size_t element_bytes) {
   constexpr std::size_t task_bytes = 512 << 10;
   const std::size_t rows = task_bytes / std::max<std::size_t>(1, in_features * element_bytes);
-  return std::max<std::size_t>(out_features < few_outputs ? 64 : 64 * out_features, rows / 64 * 64);
+  if (out_features < few_outputs) return std::max<std::size_t>(64, rows / 64 * 64);
+  return std::min(most_chain, std::max<std::size_t>(64 * out_features, rows / 64 * 64));
 }
 
 // Gradients of at most so many elements are computed by each task for itself, and added: 256 KiB in float32 stay in L2 next to the rows.
 constexpr std::size_t most_partial = 1 << 16;
-
-// The longest chain of additions in T over the rows of a gradient: more would lose small terms in a large sum, so that the sums of
-// shorter chains meet in double.
-constexpr std::size_t most_chain = 1 << 14;
 
 std::size_t ceil_divide(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
 
@@ -271,7 +272,11 @@ double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::s
     loss += kernel.squared_error_sum(rows * out, outputs, target);
     kernel.squared_error_gradient(rows * out, outputs, target, T(1), outputs);
     weight_product(rows, in, out, outputs, x, x_stride, true, into, {}, serial);
-    if (shape.has_bias) kernel.column_sums(rows, out, outputs, into + weights);
+    if (shape.has_bias) {  // by blocks: fewer additions stand in one chain
+      std::fill_n(targets, out, T(0));
+      kernel.column_sums(rows, out, outputs, targets);
+      for (std::size_t o = 0; o < out; ++o) into[weights + o] += targets[o];
+    }
   }
   return loss;
 }
@@ -295,12 +300,22 @@ double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, co
   if (tasks == 1) {
     scratch.rows.resize(memory);
     std::fill_n(gradient, n, T(0));
+    const bool long_chain = batch.rows > most_chain;
+    if (long_chain) scratch.sums.assign(n, 0.0);
     double loss = 0.0;
     // Large layers look for an interrupt after each block.
     const std::size_t stretch = in_tasks ? batch.rows : block_rows;
-    for (std::size_t begin = 0; begin < batch.rows && !interrupt.check(); begin += stretch)
-      loss += add_rows_gradient(shape, batch, begin, std::min(batch.rows, begin + stretch), block_rows, parameters, weights, gradient,
-                                scratch.rows.data(), in_tasks);
+    for (std::size_t begin = 0, chain = 0; begin < batch.rows && !interrupt.check(); begin += stretch) {
+      const std::size_t end = std::min(batch.rows, begin + stretch);
+      loss += add_rows_gradient(shape, batch, begin, end, block_rows, parameters, weights, gradient, scratch.rows.data(), in_tasks);
+      chain += end - begin;
+      if (!long_chain || (chain < most_chain && end < batch.rows)) continue;
+      for (std::size_t i = 0; i < n; ++i) scratch.sums[i] += static_cast<double>(gradient[i]);
+      std::fill_n(gradient, n, T(0));
+      chain = 0;
+    }
+    if (long_chain)
+      for (std::size_t i = 0; i < n; ++i) gradient[i] = static_cast<T>(scratch.sums[i]);
     return loss;
   }
   const int workers = thread_count();

@@ -57,7 +57,7 @@ template <class T>
 struct LinearScratch {
   AlignedVector<T> rows;  // blocks of outputs, targets and gathered rows, where outputs are many
   AlignedVector<T> partials;
-  AlignedVector<double> losses;
+  AlignedVector<double> losses, sums;
 };
 
 // gradient[parameters] = the gradient of the sum of squared errors over the batch; returns that sum. One pass over x. The result is

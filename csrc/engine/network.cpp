@@ -25,7 +25,9 @@ void Network::add(Activation activation, std::size_t in_features, std::size_t ou
   if (activation != Activation::none && in_features != out_features)
     throw std::invalid_argument("an activation gives as many features as it takes.");
   if (out_features == 0) throw std::invalid_argument("a layer gives no features; at least 1 is wanted.");
-  if (in_features >= SIZE_MAX / sizeof(double) / 2 / out_features) throw std::invalid_argument("a layer has more weights than memory can hold.");
+  constexpr std::size_t most = SIZE_MAX / sizeof(double) / 4;  // parameters of a network: their bytes can be counted
+  if (in_features >= most / out_features || in_features * out_features + out_features >= most - parameters())
+    throw std::invalid_argument("the network has more weights than memory can hold.");
   layers_.push_back({activation, in_features, out_features, has_bias, parameters()});
 }
 

@@ -115,7 +115,7 @@ size_t linear_run_of(const LinearRun<T>& run) {
         buffer[v] = first_step ? d : fma(momentum, buffer[v], fresh * d);
         d = options.nesterov ? fma(momentum, buffer[v], d) : buffer[v];
       }
-      theta[v] = fma(lr[v], d, theta[v]);
+      theta[v] = lr[v] != zero<T>() ? fma(lr[v], d, theta[v]) : theta[v];  // d of the others need not be finite
     }
     first_step = false;
     ++steps;

@@ -301,5 +301,6 @@ def fit(
         if kept is not None:
             run.arena.version += 1
             run.arena.data[:] = kept[: task.parameters]
+            run.arena.version += 1
             optimizer.set_momentum_buffer(kept[task.parameters :] if task.has_momentum else None)
     return run.finish(seconds, workers=workers)

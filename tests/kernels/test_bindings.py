@@ -252,6 +252,21 @@ def test_shuffled_batches_refuse_an_order_that_does_not_fit():
         _core.ShuffledBatches((array,), order.astype(np.int64), 1, 2)
 
 
+def test_shuffled_batches_are_checked_once_and_for_all():
+    array, order = np.arange(8.0).reshape(4, 2), np.array([2, 0, 1, 3], np.uint32)
+    batches = _core.ShuffledBatches((array,), order, 4, 4)
+    order[:] = 4_000_000_000
+    ((batch,),) = batches
+    np.testing.assert_array_equal(batch, array[[2, 0, 1, 3]])
+
+
+def test_networks_whose_size_cannot_be_counted_are_refused():
+    layers = [("linear", 2**57, 4, False), ("linear", 4, 2**57, False)] * 16  # 2^64 weights
+    for call in (lambda: _core.Predictor(layers, np.zeros(0)), lambda: _core.network_forward(layers, np.zeros((0, 2**57)), np.zeros(0))):
+        with pytest.raises(ValueError, match="more weights"):
+            call()
+
+
 def test_shuffled_batches_keep_what_they_read():
     batches = _core.ShuffledBatches((np.arange(6.0).reshape(3, 2),), np.array([2, 0, 1], np.uint32), 2, 3)
     gc.collect()

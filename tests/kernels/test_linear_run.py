@@ -84,3 +84,16 @@ def test_it_stops_before_a_step_whose_loss_is_not_finite(isa, dtype):
     assert (stop, steps) == ("non_finite", 2)
     assert got.tobytes() == wanted.tobytes()
     assert bad_losses[0] == losses[0]
+
+
+def test_a_gradient_of_the_target_that_overflows_is_nobodys(isa):
+    """The square of a residual of 1e17 fits float32; its product with a target of 1e23 does not, and is no parameter's gradient."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 10)).astype(np.float32)
+    target = (1e23 * (1 + 1e-6 * rng.standard_normal((64, 1)))).astype(np.float32)
+    parameters = np.zeros(11, np.float32)
+    parameters[10] = 1e23
+    stop, _, losses = train(x, target, parameters, None, True, [(0, 11, *OPTIONS[0])], 32, None)
+    assert stop == "finished"
+    assert np.isfinite(losses).all()
+    assert np.isfinite(parameters).all()

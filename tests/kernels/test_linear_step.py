@@ -130,3 +130,16 @@ def test_squared_error(isa, dtype, rows, has_bias):
     wanted = oracle.linear_step(x, target, weight, bias if has_bias else None).loss
     got = np.array([_core.squared_error(x, target, parameters, [("linear", 300, 2, has_bias)])])
     oracle.assert_within(got, oracle.Interval(*(edge[-1, -1:] for edge in wanted)))
+
+
+# One task and several; gradients of their own for each task, and products that share the threads.
+@pytest.mark.parametrize(("rows", "in_features", "out"), [(200_000, 1, 16), (100_000, 2, 40), (40_000, 1024, 65)], ids=str)
+def test_gradients_of_many_rows_and_outputs_are_carried_in_double(rows, in_features, out):
+    """Equal float32 terms: one chain of additions over all rows would be off by 1e-3."""
+    x = np.broadcast_to(np.full(in_features, 0.1, np.float32), (rows, in_features))
+    target = np.full((rows, out), 0.1, np.float32)
+    parameters = np.zeros(out * (in_features + 1), np.float32)
+    assert descend(x, target, parameters, True, None, np.zeros(1))[0] == "finished"
+    wanted = 2 * rows * 0.1  # of every bias, and a tenth of it of every weight
+    np.testing.assert_allclose(parameters[: out * in_features], 0.1 * wanted, rtol=3e-4)
+    np.testing.assert_allclose(parameters[out * in_features :], wanted, rtol=1e-4)

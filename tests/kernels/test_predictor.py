@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import threading
 
 import numpy as np
@@ -49,19 +50,19 @@ def kept(model):
     """Predict often enough that the weights are laid out; whether they are."""
     for _ in range(3):
         model.predict(rows(model))
-    return model._predictor is not None
+    return model._kept is not None
 
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_weights_are_kept_from_the_second_call_on(number):
     model = models()[number]
     model.predict(rows(model))
-    assert model._predictor is None
+    assert model._kept is None
     model.predict(rows(model))
-    assert model._predictor is not None
-    predictor = model._predictor
+    assert model._kept is not None
+    predictor = model._kept
     model.predict(rows(model))
-    assert model._predictor is predictor
+    assert model._kept is predictor
 
 
 def test_few_outputs_have_nothing_to_lay_out():
@@ -196,3 +197,68 @@ def test_another_kernel_table_is_noticed():
             predictor(x)
     finally:
         _core.select_isa(now)
+
+
+class Changing:
+    """An array to assign that predicts while it is asked for its values."""
+
+    def __init__(self, model, values):
+        self.model, self.values = model, values
+
+    def __array__(self, dtype=None, copy=None):
+        assert kept(self.model)
+        return self.values
+
+
+def test_a_prediction_amid_a_change_does_not_outlive_it():
+    model = models()[0]
+    model.weight.data = Changing(model, np.zeros((20, 37), np.float32))
+    np.testing.assert_array_equal(model.predict(rows(model)), np.tile(model.bias.data, (21, 1)))
+
+
+def test_copies_of_a_parameter_that_come_and_go_hide_nobody():
+    model = models()[0]
+    copied = copy.copy(model.weight)
+    del copied
+    assert kept(model)
+    held = model.weight.data
+    assert not kept(model)
+    held[...] = 0
+    np.testing.assert_array_equal(model.predict(rows(model)), fresh(model)(rows(model)))
+
+
+def test_a_layer_that_moves_into_a_sequential_leaves_what_it_kept():
+    layer = models()[0]
+    for _ in range(50):
+        layer.weight.data.sum()
+    assert kept(layer)
+    model = gdlib.Sequential(layer, gdlib.ReLU(), gdlib.Linear(20, 2, seed=1))
+    layer.weight.data = np.zeros((20, 37), np.float32)
+    while model._arena.version < 60:
+        np.testing.assert_array_equal(layer.predict(rows(layer)), np.tile(layer.bias._data, (21, 1)))
+        layer.bias.data.sum()
+
+
+def test_writers_and_readers_at_once():
+    """After a write has ended, nobody is answered from what was there before."""
+    model = models()[0]
+    x = rows(model, 1)
+    stop, before = threading.Event(), sys.getswitchinterval()
+
+    def ask():
+        while not stop.is_set():
+            model.predict(x)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for number in range(300):
+            model.weight.data = np.full((20, 37), number, np.float32)
+            np.testing.assert_array_equal(model.predict(x), fresh(model)(x))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(before)
