@@ -15,7 +15,9 @@ from typing import Any
 Run = Callable[[], Any]
 
 LEAST_SECONDS = 0.02  # short calls repeat until a timing takes this long: well above what a scheduler takes from it
-REST_SECONDS = 0.005  # before a timing: by then the idle threads of the contender before have stopped spinning, and left the cores
+# Before a timing: by then the idle threads of the contender before have stopped spinning, and left the cores. OpenBLAS's spin for 2^26
+# ticks of the clock, about 25 ms; beside them parallel products took two to seven times as long.
+REST_SECONDS = 0.04
 
 
 class UnavailableError(RuntimeError):
@@ -56,7 +58,7 @@ class Group:
     bytes: float = 0.0  # that one unit must read or write at least: each array once
     rate: str = ""  # what a rate counts: "GFLOP", "GB", or nothing
     dtype: str = "float32"
-    rounds: int = 9
+    rounds: int = 7
 
     @property
     def amount(self) -> float:

@@ -28,8 +28,9 @@ constexpr std::size_t depth_copied = 16;
 constexpr std::size_t tiles_to_pack_b = 3;
 // Cycles for each element packed, a transposition (from L2), next to 2 multiply-adds of a vector in a cycle.
 constexpr double cycles_to_pack = 0.25;
-// Less than about 5 us of work is not worth sharing: a thread that spins takes part within 0.5 us, one that sleeps after some 5 us.
-constexpr double cycles_to_share = 20'000;
+// Less than about 10 us of work is not worth sharing: a thread that spins takes part within 0.5 us, but one that sleeps, or finds its core
+// taken, costs more than its part.
+constexpr double cycles_to_share = 40'000;
 // From tasks of so many cycles on, about 2 ms, each is cut in two, so that a core which is shared with others takes fewer of them. More
 // pieces cost: at 2,048^3, 4 for each thread reach 460 GFLOP/s, 2 reach 500 and 1 reaches 510.
 constexpr double cycles_of_task = 8'000'000;
