@@ -15,8 +15,8 @@ from typing import Any
 Run = Callable[[], Any]
 
 LEAST_SECONDS = 0.02  # short calls repeat until a timing takes this long: well above what a scheduler takes from it
-# Before a timing: by then the idle threads of the contender before have stopped spinning, and left the cores. OpenBLAS's spin for 2^26
-# ticks of the clock, about 25 ms; beside them parallel products took two to seven times as long.
+# Before a timing: by then the idle threads of the contender before have stopped spinning (OpenBLAS's after about 25 ms, by its default),
+# and left the cores.
 REST_SECONDS = 0.04
 
 
