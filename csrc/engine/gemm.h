@@ -28,7 +28,6 @@ class PackedMatrix {
   // Throws std::bad_alloc.
   PackedMatrix(std::size_t depth, std::size_t cols, MatrixView<T> b);
 
-  std::size_t depth() const { return depth_; }
   std::size_t cols() const { return cols_; }
   // The panel that begins at column `col`, from the depth `d` on, given its width in elements.
   const T* at(std::size_t d, std::size_t col, std::size_t width) const { return data_.data() + col * depth_ + d * width; }

@@ -1,5 +1,5 @@
-// Threads: the only place with OpenMP. Work is cut into tasks whose number and order depend on the sizes alone, so that results are the
-// same bits for every thread count; threads only decide who runs which task.
+// Threads: the only place with OpenMP. Results are the same bits for every thread count: tasks whose sums meet depend, in number and order, on
+// the sizes alone, and threads only decide who runs which. (Blocks of a matrix product do not meet; they may follow the threads.)
 #pragma once
 
 #include <atomic>
