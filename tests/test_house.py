@@ -109,14 +109,14 @@ def test_native_arrows():
                     assert target.name == "kernels.h", f"{path} sees more of the kernels than their contract"
             else:
                 assert not angled.startswith("pybind11") or room == "bindings", f"{path} uses pybind11 outside bindings"
-                assert angled != "omp.h" or path.name == "parallel.h", f"{path} uses OpenMP outside parallel.h"
+                assert angled != "omp.h" or path.name == "parallel.cpp", f"{path} uses OpenMP outside parallel.cpp"
                 assert room not in STL_FREE or angled.endswith(".h"), f"{path} uses the C++ library on the ground floor"
     assert seen > 40
 
 
 def test_pragmas_of_openmp_stay_in_parallel():
     for path in (ROOT / "csrc").rglob("*.[hci]*"):
-        if path.name != "parallel.h":
+        if path.name != "parallel.cpp":
             assert "#pragma omp" not in path.read_text(), f"{path} has an OpenMP pragma"
 
 

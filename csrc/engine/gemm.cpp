@@ -28,9 +28,6 @@ constexpr std::size_t depth_copied = 16;
 constexpr std::size_t tiles_to_pack_b = 3;
 // Cycles for each element packed, a transposition (from L2), next to 2 multiply-adds of a vector in a cycle.
 constexpr double cycles_to_pack = 0.25;
-// Less than about 10 us of work is not worth sharing: a thread that spins takes part within 0.5 us, but one that sleeps, or finds its core
-// taken, costs more than its part.
-constexpr double cycles_to_share = 40'000;
 // From tasks of so many cycles on, about 2 ms, each is cut in two, so that a core which is shared with others takes fewer of them. More
 // pieces cost: at 2,048^3, 4 for each thread reach 460 GFLOP/s, 2 reach 500 and 1 reaches 510.
 constexpr double cycles_of_task = 8'000'000;
@@ -69,7 +66,7 @@ struct Tasks {
 template <class T>
 class Multiplication {
  public:
-  Multiplication(const Product<T>& product, bool serial)
+  Multiplication(const Product<T>& product)
       : p_(product),
         kernel_(table<T>()),
         panels_(product.cols, kernel_.lanes, kernel_.tile_vectors),
@@ -85,7 +82,7 @@ class Multiplication {
     blocking_.panels = std::clamp<std::size_t>((pack_a_ ? shared_bytes : cache_sizes().l2 / 2) / panel_bytes, 1, std::min(most_panels, panels_.count));
     blocking_.group_size = pack_a_ ? tiles_of_group * kernel_.tile_rows * blocking_.depth : 0;
     blocking_.block_size = product.packed ? 0 : blocking_.panels * panel_width * blocking_.depth;
-    tasks_ = share(serial ? 1 : static_cast<std::size_t>(thread_count()));
+    tasks_ = share(static_cast<std::size_t>(thread_count()));
   }
 
   void run() {
@@ -97,9 +94,9 @@ class Multiplication {
     const std::size_t each = ceil_divide(blocking_.group_size + blocking_.block_size, line) * line;
     scratch.resize(each * std::min(count, static_cast<std::size_t>(workers)));
     T* const memory = scratch.data();
-    parallel_for(
-        count, [&](std::size_t task, std::size_t worker) { run_task(task / tasks_.cols, task % tasks_.cols, memory + worker * each); },
-        workers);
+    parallel_for(count,
+                 [&](std::size_t task, std::size_t worker) { run_task(task / tasks_.cols, task % tasks_.cols, memory + worker * each); },
+                 workers);
   }
 
  private:
@@ -123,14 +120,17 @@ class Multiplication {
       return depth * (rows * vectors / 2 + cycles_to_pack * (packed_b + rows * blocks));
     };
     const double whole = cycles(1, 1);
-    if (threads == 1 || whole < cycles_to_share) return {1, 1};
+    if (threads == 1 || whole < 4 * cycles_to_share()) return {1, 1};
     const std::size_t pieces = whole / static_cast<double>(threads) < cycles_of_task ? threads : 2 * threads;
+    // The columns of a layer's product are its outputs, as the rows of its weight gradient are: cut alike, the weights of an output are
+    // updated by the thread that reads them in the next forward product, and stay in its cache.
+    const double cut_in_rows = p_.a.col_stride == 1 ? 1.0 : 0.97;
     Tasks best{1, 1};
     double least = whole;
     for (std::size_t row_parts = 1; row_parts <= std::min(pieces, row_tiles_); ++row_parts) {
       const std::size_t col_parts = std::min(ceil_divide(pieces, row_parts), panels_.count);
       const double rounds = static_cast<double>(ceil_divide(row_parts * col_parts, threads));
-      const double time = rounds * cycles(row_parts, col_parts);
+      const double time = rounds * cycles(row_parts, col_parts) * (col_parts == 1 ? cut_in_rows : 1.0);
       if (time < least) {
         least = time;
         best = {row_parts, col_parts};
@@ -262,14 +262,14 @@ PackedMatrix<T>::PackedMatrix(std::size_t depth, std::size_t cols, MatrixView<T>
 }
 
 template <class T>
-void gemm(const Product<T>& product, bool serial) {
+void gemm(const Product<T>& product) {
   if (product.rows == 0 || product.cols == 0) return;
-  Multiplication<T>(product, serial).run();
+  Multiplication<T>(product).run();
 }
 
 template class PackedMatrix<float>;
 template class PackedMatrix<double>;
-template void gemm(const Product<float>&, bool);
-template void gemm(const Product<double>&, bool);
+template void gemm(const Product<float>&);
+template void gemm(const Product<double>&);
 
 }  // namespace gdlib

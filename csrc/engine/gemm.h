@@ -57,8 +57,8 @@ struct Product {
   BlockVisitor finish = {};
 };
 
-// Computes it on up to thread_count() threads, on one where the product is small or `serial`. Throws std::bad_alloc.
+// Computes it on up to thread_count() threads, on one where the product is small. Throws std::bad_alloc.
 template <class T>
-void gemm(const Product<T>& product, bool serial = false);
+void gemm(const Product<T>& product);
 
 }  // namespace gdlib

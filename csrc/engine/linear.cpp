@@ -44,13 +44,13 @@ void sum_partials(std::size_t count, std::size_t n, const T* partials, bool accu
 // weight_gradient[out, in] (+)= g[rows, out]^T x[rows, in], one chain over the rows for each element.
 template <class T>
 void weight_product(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x, std::size_t x_stride,
-                    bool accumulate, T* weight_gradient, BlockVisitor finish, bool serial) {
+                    bool accumulate, T* weight_gradient, BlockVisitor finish) {
   Product<T> p{out_features, in_features, rows, {g, 1, out_features}, {x, x_stride, 1}};
   p.accumulate = accumulate;
   p.c = weight_gradient;
   p.c_stride = in_features;
   p.finish = finish;
-  gemm(p, serial);
+  gemm(p);
 }
 
 // The same in parts whose chains are not too long: on one thread each, where a part's gradient is small, else one after the other.
@@ -58,20 +58,20 @@ template <class T>
 void weight_product_in_parts(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
                              std::size_t x_stride, T* weight_gradient) {
   const std::size_t n = in_features * out_features, parts = ceil_divide(rows, most_chain);
-  const auto part = [&](std::size_t i, T* into, bool serial) {
+  const auto part = [&](std::size_t i, T* into) {
     const std::size_t begin = i * most_chain;
     weight_product(std::min(most_chain, rows - begin), in_features, out_features, g + begin * out_features, x + begin * x_stride, x_stride,
-                   false, into, {}, serial);
+                   false, into, {});
   };
   if (n <= most_partial / 4) {
     AlignedVector<T> partials(parts * n);
-    parallel_for(parts, [&](std::size_t i, std::size_t) { part(i, partials.data() + i * n, true); });
+    parallel_for(parts, [&](std::size_t i, std::size_t) { part(i, partials.data() + i * n); });
     return sum_partials(parts, n, partials.data(), true, weight_gradient);
   }
   std::vector<double> sums(weight_gradient, weight_gradient + n);
   AlignedVector<T> one(n);
   for (std::size_t i = 0; i < parts; ++i) {
-    part(i, one.data(), false);
+    part(i, one.data());
     for (std::size_t k = 0; k < n; ++k) sums[k] += static_cast<double>(one[k]);
   }
   for (std::size_t k = 0; k < n; ++k) weight_gradient[k] = static_cast<T>(sums[k]);
@@ -159,7 +159,7 @@ void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size
   if (out_features >= few_outputs) {
     if (bias_gradient) add_column_sums(rows, out_features, g, bias_gradient);
     if (rows <= most_chain)
-      return weight_product(rows, in_features, out_features, g, x, x_stride, accumulate, weight_gradient, finish, false);
+      return weight_product(rows, in_features, out_features, g, x, x_stride, accumulate, weight_gradient, finish);
     if (!accumulate) std::fill_n(weight_gradient, weights, T(0));
     weight_product_in_parts(rows, in_features, out_features, g, x, x_stride, weight_gradient);
   } else {
@@ -238,7 +238,7 @@ double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, con
 // time, so that the gradient of a block finds its rows in the cache; those that an index scatters are gathered into `memory` first.
 template <class T>
 double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::size_t begin, std::size_t end, std::size_t block_rows,
-                         const T* parameters, const PackedMatrix<T>* packed, T* into, T* memory, bool serial) {
+                         const T* parameters, const PackedMatrix<T>* packed, T* into, T* memory) {
   const std::size_t in = shape.in_features, out = shape.out_features, weights = in * out;
   const KernelTable<T>& kernel = table<T>();
   T* const outputs = memory;
@@ -268,10 +268,10 @@ double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::s
     p.bias = shape.has_bias ? parameters + weights : nullptr;
     p.c = outputs;
     p.c_stride = out;
-    gemm(p, serial);
+    gemm(p);
     loss += kernel.squared_error_sum(rows * out, outputs, target);
     kernel.squared_error_gradient(rows * out, outputs, target, T(1), outputs);
-    weight_product(rows, in, out, outputs, x, x_stride, true, into, {}, serial);
+    weight_product(rows, in, out, outputs, x, x_stride, true, into, {});
     if (shape.has_bias) {  // by blocks: fewer additions stand in one chain
       std::fill_n(targets, out, T(0));
       kernel.column_sums(rows, out, outputs, targets);
@@ -307,7 +307,7 @@ double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, co
     const std::size_t stretch = in_tasks ? batch.rows : block_rows;
     for (std::size_t begin = 0, chain = 0; begin < batch.rows && !interrupt.check(); begin += stretch) {
       const std::size_t end = std::min(batch.rows, begin + stretch);
-      loss += add_rows_gradient(shape, batch, begin, end, block_rows, parameters, weights, gradient, scratch.rows.data(), in_tasks);
+      loss += add_rows_gradient(shape, batch, begin, end, block_rows, parameters, weights, gradient, scratch.rows.data());
       chain += end - begin;
       if (!long_chain || (chain < most_chain && end < batch.rows)) continue;
       for (std::size_t i = 0; i < n; ++i) scratch.sums[i] += static_cast<double>(gradient[i]);
@@ -322,16 +322,12 @@ double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, co
   scratch.rows.resize(memory * static_cast<std::size_t>(workers));
   scratch.partials.assign(tasks * n, T(0));
   scratch.losses.assign(tasks, 0.0);
-  parallel_for(
-      tasks,
-      [&](std::size_t task, std::size_t worker) {
-        if (interrupt.check()) return;
-        const std::size_t begin = task * task_rows;
-        scratch.losses[task] =
-            add_rows_gradient(shape, batch, begin, std::min(batch.rows, begin + task_rows), block_rows, parameters, weights,
-                              scratch.partials.data() + task * n, scratch.rows.data() + worker * memory, true);
-      },
-      workers);
+  parallel_for(tasks, [&](std::size_t task, std::size_t worker) {
+    if (interrupt.check()) return;
+    const std::size_t begin = task * task_rows;
+    scratch.losses[task] = add_rows_gradient(shape, batch, begin, std::min(batch.rows, begin + task_rows), block_rows, parameters, weights,
+                                             scratch.partials.data() + task * n, scratch.rows.data() + worker * memory);
+  }, workers);
   if (interrupt.requested()) return 0.0;
   sum_partials(tasks, n, scratch.partials.data(), false, gradient);
   double loss = 0.0;

@@ -1,21 +1,21 @@
-// Threads: the only place with OpenMP. Results are the same bits for every thread count: tasks whose sums meet depend, in number and order, on
-// the sizes alone, and threads only decide who runs which. (Blocks of a matrix product do not meet; they may follow the threads.)
+// Threads. Results are the same bits for every thread count: tasks whose sums meet depend, in number and order, on the sizes alone, and
+// threads only decide who runs which. (Blocks of a matrix product do not meet; they may follow the threads.)
 #pragma once
 
 #include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <functional>
+#include <thread>
 #include <utility>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "visitor.h"
 
 namespace gdlib {
 
-// Threads that a parallel call may use: GDLIB_NUM_THREADS, else the CPUs that affinity and the cgroup quota leave. 1 in a forked child,
-// whose copy of the OpenMP pool has no threads and would wait for them for ever.
+// Threads that a loop started here may use: those of the team that runs this code, else GDLIB_NUM_THREADS, else the CPUs that affinity and
+// the cgroup quota leave. 1 inside a task; 1 in a forked child, whose copy of the OpenMP pool has no threads and would wait for them for
+// ever.
 int thread_count();
 
 // Throws std::invalid_argument below 1.
@@ -58,36 +58,56 @@ class Interrupt {
   using Clock = std::chrono::steady_clock;
   static constexpr std::chrono::milliseconds interval{50};
 
-  static bool on_calling_thread() {
-#if defined(_OPENMP)
-    return omp_get_thread_num() == 0;
-#else
-    return true;
-#endif
-  }
+  bool on_calling_thread() const { return std::this_thread::get_id() == caller_; }
 
   std::function<bool()> poll_;
+  const std::thread::id caller_ = std::this_thread::get_id();
   Clock::time_point next_;
   std::size_t work_ = 0;
   std::atomic<bool> requested_{false};
 };
 
-// Runs task(i, worker) for i from 0 to count - 1, in any order; worker < limit names the thread. A task must not throw. A caller with
-// memory for each worker asks for the limit once: it may change between two calls.
-template <class Task>
-void parallel_for(std::size_t count, const Task& task, int limit = thread_count()) {
-#if defined(_OPENMP)
-  const int threads = count < static_cast<std::size_t>(limit) ? static_cast<int>(count) : limit;
-  if (threads > 1) {
-    // Dynamic: a core that is shared with others takes fewer tasks. The barrier at the end publishes every task's writes.
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (std::size_t i = 0; i < count; ++i) task(i, static_cast<std::size_t>(omp_get_thread_num()));
-    return;
-  }
-#else
-  static_cast<void>(limit);
-#endif
-  for (std::size_t i = 0; i < count; ++i) task(i, std::size_t{0});
-}
+// Runs task(i, worker) for i from 0 to count - 1; worker < limit names the thread. A task must not throw. Tasks are handed out in order, to
+// whoever is free: a core that is shared with others takes fewer, and a thread that has no core holds nobody up, unless it lost it in the
+// middle of a task. Every task's writes are visible afterwards. A caller with memory for each worker asks for the limit once: it may change
+// between two calls.
+void parallel_for(std::size_t count, Visitor<std::size_t, std::size_t> task, int limit = thread_count());
+
+// Runs body(), on the calling thread; what it throws is thrown here. Its parallel loops are handed to one team of threads, which costs 0.3
+// us a loop where starting a team for each would cost some microseconds. Nothing is started for few multiply-adds (between two loops).
+void with_team(std::size_t multiply_adds, Visitor<> body);
+
+// What sharing a loop that starts here costs a thread, in cycles.
+double cycles_to_share();
+
+// Finds out, again and again, whether the steps of a run are faster on the team or on the calling thread alone: with cores that have no
+// cache in common, or a host that withholds one, small steps are slower on two threads than on one. Lives inside with_team's body, on its
+// thread; without a team, and for steps of more than 0.2 ms, which make up for all that, it changes nothing.
+class StepPacer {
+ public:
+  StepPacer();
+  ~StepPacer();
+  StepPacer(const StepPacer&) = delete;
+  StepPacer& operator=(const StepPacer&) = delete;
+
+  void step_done();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  enum class Phase { settled, trying_shared, trying_alone };
+
+  void end_window(double steps_per_second);
+  void enter(Phase phase, bool alone);
+
+  Phase phase_ = Phase::settled;
+  Clock::time_point begin_;  // of the window
+  int steps_ = 0;            // of the window; negative while it warms up
+  double shared_rate_ = 0.0;
+  bool pays_ = true;
+  int windows_to_keep_ = least_windows, windows_left_ = least_windows;
+
+  // Between two trials, 4 ms to 0.2 s: a wrong choice does not last, and trials cost little.
+  static constexpr int least_windows = 20, most_windows = 1000;
+};
 
 }  // namespace gdlib

@@ -122,10 +122,8 @@ class ManySteps {
   bool possible_;
 };
 
-}  // namespace
-
 template <class T>
-RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::function<void(std::uint64_t)>& on_epoch) {
+RoundResult make_steps(Round<T>& round, Interrupt& interrupt, const std::function<void(std::uint64_t)>& on_epoch) {
   const std::uint64_t steps_per_epoch = (round.rows + round.batch_size - 1) / round.batch_size;
   const double outputs = static_cast<double>(round.network.out_features());
   const std::size_t parameters = round.network.parameters();
@@ -140,6 +138,7 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
   RoundResult result{Stop::finished, round.first_step};
   std::uint64_t epoch = round.first_step / steps_per_epoch;
   std::uint64_t in_epoch = round.first_step % steps_per_epoch;
+  StepPacer pacer;
   while (result.steps_done < round.last_step) {
     source.begin_epoch(epoch, interrupt);
     if (interrupt.requested()) {
@@ -164,6 +163,7 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
           round.losses[epoch] += loss;
           for (UpdateRange<T>& range : round.ranges) range.first_step = false;
           finite = update.finite();
+          pacer.step_done();
         }
       }
       result.steps_done += made;
@@ -191,6 +191,15 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
       return result;
     }
   }
+  return result;
+}
+
+}  // namespace
+
+template <class T>
+RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::function<void(std::uint64_t)>& on_epoch) {
+  RoundResult result{};
+  with_team(round.batch_size * round.network.parameters(), [&] { result = make_steps(round, interrupt, on_epoch); });
   return result;
 }
 

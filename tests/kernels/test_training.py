@@ -211,6 +211,32 @@ def test_progress_ends_a_run_by_raising():
     assert 0 < calls[0] < 1_000_000
 
 
+def test_steps_may_be_shared_tried_and_watched():
+    """Short steps of a network are tried on one thread and on several; whatever is chosen, and whatever `progress` computes between two of
+    them on the same thread, the bits are those of one thread."""
+    rng = np.random.default_rng(12)
+    x, target = values(rng, (512, 13), np.float32), values(rng, (512, 1), np.float32)
+    layers = [("linear", 13, 64, True), ("tanh", 64, 64, False), ("linear", 64, 64, True), ("relu", 64, 64, False), ("linear", 64, 1, True)]
+    start = values(rng, 13 * 64 + 64 + 64 * 64 + 64 + 64 + 1, np.float32) / 16
+    rows, weight = values(rng, (2000, 300), np.float32), values(rng, (64, 300), np.float32)
+    wanted = _core.linear_forward(rows, weight, None)
+    seen = []
+
+    def progress(_):
+        seen.append(np.array_equal(_core.linear_forward(rows, weight, None), wanted))
+
+    runs = []
+    for threads in (1, 2, 3):
+        _core.set_num_threads(threads)
+        parameters, losses = start.copy(), np.zeros(3000)  # 0.2 s: several trials, and calls of progress
+        ranges = [(0, parameters.size, 1e-3, 0.0, 0.0, 0.0, False, False, True)]
+        _core.train(x, target, parameters, None, layers, ranges, 256, None, 0, 6000, True, 0.0, losses, progress)
+        runs.append((parameters.tobytes(), losses.tobytes()))
+    assert runs[1:] == runs[:1] * 2
+    assert seen
+    assert all(seen)
+
+
 def test_long_sums_are_carried_in_double(isa):
     """Whole runs of equal float32 terms: a sum in float32 would be off by 1e-3, or stand still."""
     rows = 1 << 18
