@@ -6,12 +6,13 @@ from typing import Any
 from gdlib.config import set_num_threads, show_config
 from gdlib.data import DataLoader
 from gdlib.errors import DivergenceError
+from gdlib.history import History
 from gdlib.losses import MSELoss
 from gdlib.nn import Linear, ReLU, Sequential, Sigmoid, Tanh
 from gdlib.optim import GD, SGD
 from gdlib.parameters import Parameter
 from gdlib.serialization import load, save
-from gdlib.training import History, fit
+from gdlib.training import fit
 
 __version__ = "0.1.0"
 

@@ -9,12 +9,13 @@ import numpy as np
 
 from gdlib.config import get_config
 from gdlib.datasets import Dataset, load_diabetes
+from gdlib.history import History
 from gdlib.losses import MSELoss
 from gdlib.nn import Linear
 from gdlib.optim import SGD
 from gdlib.preprocessing import StandardScaler
 from gdlib.serialization import load, save
-from gdlib.training import History, fit
+from gdlib.training import fit
 
 HELD_OUT = 88  # a fifth of the 442 patients
 EPOCHS = 100

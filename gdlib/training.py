@@ -10,19 +10,17 @@ import numpy as np
 
 from gdlib import _core, validation
 from gdlib.errors import DivergenceError
+from gdlib.history import History
 from gdlib.losses import MSELoss
 from gdlib.modules import Model
 from gdlib.nn import Linear
 from gdlib.optim import GD, SGD, UpdateRange
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy.typing as npt
 
 DEFAULT_BATCH_SIZE = 32
 SAMPLE_ROWS = 4096  # for estimates: enough to see a factor of 100
-FIRST_LOOK_ROWS = 256  # at what the last update left: an explosion shows in nearly every row
 
 
 def explosion_factor(momentum: float) -> float:
@@ -33,43 +31,6 @@ def explosion_factor(momentum: float) -> float:
     if momentum >= 1.0:
         return float("inf")
     return max(100.0, 10.0 * float(2.0 / (np.e * (1.0 - np.sqrt(momentum)))) ** 2)
-
-
-class History:
-    """What a run of `fit` did.
-
-    `loss` has one value per epoch: of the parameters before each step, averaged over rows and outputs, or summed for reduction "sum".
-    `seconds` is the time in training, `rows_per_second` follows from it, and `lr` holds the learning rate of each group.
-    """
-
-    def __init__(self, loss: list[float], seconds: float, rows_per_second: float, lr: list[float]) -> None:
-        self.loss = loss
-        self.seconds = seconds
-        self.rows_per_second = rows_per_second
-        self.lr = lr
-
-    def __repr__(self) -> str:
-        return f"History({len(self.loss)} epochs, final loss {self.loss[-1]:.6g}, {self.seconds:.3g} s, lr {self.lr})"
-
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Draw the loss by epoch; returns the matplotlib Axes, and writes a picture (format by suffix) when `path` is given.
-
-        Raises ImportError without matplotlib (the extra `plot`).
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("drawing needs matplotlib: pip install gdlib[plot].") from None
-        figure = Figure(figsize=(6.4, 4), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(range(1, len(self.loss) + 1), self.loss, linewidth=2)
-        axes.set(xlabel="epoch", ylabel="loss", title="Learning curve")
-        if len(self.loss) > 1 and min(self.loss) > 0 and max(self.loss) / min(self.loss) > 100:
-            axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-        if path is not None:
-            figure.savefig(path)
-        return axes
 
 
 def _curvature(model: Linear, X: npt.NDArray[Any], loss: MSELoss) -> float:
@@ -195,7 +156,7 @@ class Run:
         self.start_momentum = None if self.momentum is None else self.momentum.copy()
         self.optimizer_start = optimizer.momentum_state()
         self.explosion = explosion_factor(max(r[3] for r in self.ranges))
-        self._sample = self.y[:: -(-self.rows // SAMPLE_ROWS)]
+        self._spread: float | None = None
         self._start_error: float | None = None
 
     def advance(self, first_step: int, last_step: int, loss_limit: float, progress: Any) -> tuple[str, int]:
@@ -246,10 +207,17 @@ class Run:
         """The mean squared error of an epoch that `check_explosion` has to look at; 0: none, for an ascent."""
         if any(r[7] for r in self.ranges):
             return 0.0
-        with np.errstate(all="ignore"):
-            spread = float(np.var(self._sample, axis=0, dtype=np.float64).mean())  # the error of the best constant
-        worst = max(spread if np.isfinite(spread) else 0.0, self._start_error or 0.0)
+        if self._spread is None:
+            self._spread = self._error_of_a_constant()
+        worst = max(self._spread, self._start_error or 0.0)
         return max(self.explosion * worst, float(np.finfo(np.float64).tiny))
+
+    def _error_of_a_constant(self) -> float:
+        """Mean squared error of the best constant, from a sample: SAMPLE_ROWS rows of one output, fewer of several, 64 at least."""
+        rows = max(64, SAMPLE_ROWS // self.model.out_features)
+        with np.errstate(all="ignore"):
+            spread = float(np.var(self.y[:: -(-self.rows // rows)], axis=0, dtype=np.float64).mean())
+        return spread if np.isfinite(spread) else 0.0
 
     def _explodes(self, reached: float) -> bool:
         """Whether an error is far above both the best constant's and the start's, which takes a pass over X: only on suspicion."""
@@ -269,7 +237,8 @@ class Run:
         """The same for the last update, which no loss of the run has seen: on a sample first, on all rows where that looks bad."""
         if not self.loss_limit() > 0.0:
             return
-        stride = -(-self.rows // FIRST_LOOK_ROWS)
+        # An explosion shows in nearly every row. The look costs less than 1/128 of the run, or a look at 16 rows.
+        stride = -(-self.rows // min(max(16, self.rows * self.epochs // 256), 256))
         reached = self._error(self.X[::stride], np.ascontiguousarray(self.y[::stride]), self.arena.data)
         if np.isfinite(reached) and reached <= self.loss_limit():
             return

@@ -34,12 +34,14 @@ PYTHON = {
     "optim": BASE | {"validation", "parameters"},
     "preprocessing": {"validation", "modules", "nn"},
     "serialization": {"validation", "modules", "nn"},
-    "training": BASE | {"validation", "modules", "nn", "losses", "optim", "data"},
-    "distributed": BASE | {"config", "validation", "parameters", "modules", "losses", "optim", "data", "training"},
+    "history": set(),
+    "training": BASE | {"validation", "modules", "nn", "losses", "optim", "data", "history"},
+    "distributed": BASE | {"config", "validation", "parameters", "modules", "losses", "optim", "data", "history", "training"},
     "serve": {"serialization"},
     "quickstart": {
         "config",
         "datasets",
+        "history",
         "losses",
         "nn",
         "optim",
@@ -50,7 +52,7 @@ PYTHON = {
     },
     "__main__": {"cli"},
     "cli": {"quickstart", "serve", "distributed", "", "config"},
-    "": {"config", "data", "errors", "losses", "nn", "optim", "parameters", "serialization", "training"},
+    "": {"config", "data", "errors", "history", "losses", "nn", "optim", "parameters", "serialization", "training"},
 }
 SERVE = {"": {"app", "server"}, "protocol": set(), "repository": set(), "app": {"repository", "protocol"}, "server": {"app"}}
 

@@ -1,6 +1,7 @@
 """Sequential and its activations: values, gradients, state, one arena, training, files, and what they refuse."""
 
 import copy
+import itertools
 import pickle
 import signal
 import threading
@@ -397,6 +398,29 @@ def test_the_readable_loop_and_fit_agree(shape, dtype, rtol, options, reduction)
     np.testing.assert_allclose(native._arena.data, readable._arena.data, rtol=rtol, atol=rtol * np.abs(native._arena.data).max())
     assert history.loss[-1] < history.loss[0]
     assert not native._arena.grad.any()
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("batch_size", "widths"), [(100, (301, 200, 23)), (1100, (301, 40, 9)), (70, (48, 600, 208, 1))])
+def test_steps_of_wide_layers_and_large_batches(batch_size, widths, momentum, dtype, rtol):
+    """Each block of a weight gradient updates its weights at once, several together; batches above a block of depth add up first."""
+    rng = np.random.default_rng(5)
+    X, y = (rng.standard_normal((1250, width)).astype(dtype) for width in (widths[0], widths[-1]))
+
+    def model():
+        layers = [Linear(*pair, dtype=dtype, seed=0) for pair in itertools.pairwise(widths)]
+        return Sequential(*(layer for linear in layers for layer in (linear, Tanh())))
+
+    readable, native = model(), model()
+    start = native._arena.data.copy()
+    criterion, lr = MSELoss(), 0.5 - 0.5 * momentum
+    loop(readable, X, y, SGD(readable.parameters(), lr, momentum=momentum), criterion, 2, batch_size=batch_size)
+    optimizer = SGD(native.parameters(), lr, momentum=momentum)
+    fit(native, X, y, loss=criterion, optimizer=optimizer, epochs=2, batch_size=batch_size, shuffle=False)
+    way = np.abs(readable._arena.data - start).max()
+    assert way > 1e-3
+    np.testing.assert_allclose(native._arena.data, readable._arena.data, rtol=0, atol=rtol * way * 10)
 
 
 def test_full_batches_of_many_passes():

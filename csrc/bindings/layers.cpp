@@ -194,7 +194,7 @@ void sgd_update(const Array& parameter, const Array& gradient, const OptionalArr
     const SgdOptions<T> options{static_cast<T>(lr),           static_cast<T>(momentum), static_cast<T>(dampening),
                                 static_cast<T>(weight_decay), nesterov,                 maximize};
     const WithoutGil released(p.size);
-    table<T>().sgd_update(p.size, options, T(1), first_step, g.data, p.data, buffer);
+    table<T>().sgd_update({1, p.size, options, T(1), first_step, g.data, p.size, p.data, buffer, p.size});
   });
 }
 

@@ -37,9 +37,17 @@ class PackedMatrix {
   AlignedVector<T> data_;
 };
 
-// What is done to a block of C, c[row ... row + rows, col ... col + cols], given (row, rows, col, cols): once its sums are complete, while
-// it is in a cache, by the thread that computed it.
-using BlockVisitor = Visitor<std::size_t, std::size_t, std::size_t, std::size_t>;
+// A block of C, c[row ... row + rows, col ... col + cols], and where its first element lies.
+template <class T>
+struct Block {
+  std::size_t row, rows, col, cols;
+  T* data;
+  std::size_t stride;
+};
+
+// What is done to a block of C once its sums are complete, while it is in a cache, by the thread that computed it.
+template <class T>
+using BlockVisitor = Visitor<const Block<T>&>;
 
 // One product. Where chains of additions start: at the bias of the column, at what c holds, or at zero.
 template <class T>
@@ -54,7 +62,10 @@ struct Product {
   bool accumulate = false;                  // start at c; without bias
   T* c = nullptr;                           // row-major
   std::size_t c_stride = 0;
-  BlockVisitor finish = {};
+  BlockVisitor<T> finish = {};
+  // A matrix laid out as c that `finish` updates with c's blocks, which are of no further use: it is fetched into the cache ahead, and what
+  // c holds is unspecified. Not with `accumulate`.
+  const T* updated = nullptr;
 };
 
 // Computes it on up to thread_count() threads, on one where the product is small. Throws std::bad_alloc.

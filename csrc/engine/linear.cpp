@@ -41,16 +41,14 @@ void sum_partials(std::size_t count, std::size_t n, const T* partials, bool accu
   }
 }
 
-// weight_gradient[out, in] (+)= g[rows, out]^T x[rows, in], one chain over the rows for each element.
+// weight_gradient[out, in] = g[rows, out]^T x[rows, in], one chain over the rows for each element.
 template <class T>
-void weight_product(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x, std::size_t x_stride,
-                    bool accumulate, T* weight_gradient, BlockVisitor finish) {
+Product<T> weight_product(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
+                          std::size_t x_stride, T* weight_gradient) {
   Product<T> p{out_features, in_features, rows, {g, 1, out_features}, {x, x_stride, 1}};
-  p.accumulate = accumulate;
   p.c = weight_gradient;
   p.c_stride = in_features;
-  p.finish = finish;
-  gemm(p);
+  return p;
 }
 
 // The same in parts whose chains are not too long: on one thread each, where a part's gradient is small, else one after the other.
@@ -60,8 +58,8 @@ void weight_product_in_parts(std::size_t rows, std::size_t in_features, std::siz
   const std::size_t n = in_features * out_features, parts = ceil_divide(rows, most_chain);
   const auto part = [&](std::size_t i, T* into) {
     const std::size_t begin = i * most_chain;
-    weight_product(std::min(most_chain, rows - begin), in_features, out_features, g + begin * out_features, x + begin * x_stride, x_stride,
-                   false, into, {});
+    gemm(weight_product(std::min(most_chain, rows - begin), in_features, out_features, g + begin * out_features, x + begin * x_stride,
+                        x_stride, into));
   };
   if (n <= most_partial / 4) {
     AlignedVector<T> partials(parts * n);
@@ -99,14 +97,14 @@ bool linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_f
                     const T* weight, const T* bias, T* y, Activation activation, bool check, const PackedMatrix<T>* packed) {
   const KernelTable<T>& kernel = table<T>();
   std::atomic<bool> finite{true};  // relaxed: a flag alone, which the threads' barrier publishes
-  const auto finish = [&](std::size_t row, std::size_t count, std::size_t col, std::size_t cols) {
-    T* const block = y + row * out_features + col;
+  const auto finish = [&](const Block<T>& block) {
     if (check) {
-      const bool whole = cols == out_features;
-      for (std::size_t r = 0; r < (whole ? 1 : count); ++r)
-        if (!kernel.all_finite(whole ? count * cols : cols, block + r * out_features)) finite.store(false, std::memory_order_relaxed);
+      const bool whole = block.cols == out_features;
+      for (std::size_t r = 0; r < (whole ? 1 : block.rows); ++r)
+        if (!kernel.all_finite(whole ? block.rows * block.cols : block.cols, block.data + r * out_features))
+          finite.store(false, std::memory_order_relaxed);
     }
-    kernel.activation_forward(activation, count, cols, block, out_features);
+    kernel.activation_forward(activation, block.rows, block.cols, block.data, out_features);
   };
   const bool to_finish = check || activation != Activation::none;
   if (out_features >= few_outputs) {
@@ -122,7 +120,7 @@ bool linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_f
     parallel_for(ceil_divide(rows, task_rows), [&](std::size_t task, std::size_t) {
       const std::size_t begin = task * task_rows, count = std::min(task_rows, rows - begin);
       kernel.linear_forward(count, in_features, out_features, x + begin * x_stride, x_stride, weight, bias, y + begin * out_features);
-      if (to_finish) finish(begin, count, 0, out_features);
+      if (to_finish) finish(Block<T>{begin, count, 0, out_features, y + begin * out_features, out_features});
     });
   }
   return finite.load(std::memory_order_relaxed);
@@ -132,9 +130,9 @@ template <class T>
 void linear_input_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* weight,
                            T* input_gradient, Activation activation, const T* input) {
   const KernelTable<T>& kernel = table<T>();
-  const auto chain = [&](std::size_t row, std::size_t count, std::size_t col, std::size_t cols) {
-    const std::size_t at = row * in_features + col;
-    kernel.activation_backward(activation, count, cols, input + at, in_features, input_gradient + at, in_features);
+  const auto chain = [&](const Block<T>& block) {
+    const std::size_t at = block.row * in_features + block.col;
+    kernel.activation_backward(activation, block.rows, block.cols, input + at, in_features, block.data, in_features);
   };
   if (out_features >= few_outputs || out_features == 0) {
     Product<T> p{rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}};
@@ -147,19 +145,22 @@ void linear_input_gradient(std::size_t rows, std::size_t in_features, std::size_
   parallel_for(ceil_divide(rows, task_rows), [&](std::size_t task, std::size_t) {
     const std::size_t begin = task * task_rows, count = std::min(task_rows, rows - begin);
     kernel.linear_input_gradient(count, in_features, out_features, g + begin * out_features, weight, input_gradient + begin * in_features);
-    if (activation != Activation::none) chain(begin, count, 0, in_features);
+    if (activation != Activation::none) chain(Block<T>{begin, count, 0, in_features, input_gradient + begin * in_features, in_features});
   });
 }
 
 template <class T>
 void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
-                            std::size_t x_stride, bool accumulate, T* weight_gradient, T* bias_gradient, BlockVisitor finish) {
+                            std::size_t x_stride, bool accumulate, T* weight_gradient, T* bias_gradient) {
   if (bias_gradient && !accumulate) std::fill_n(bias_gradient, out_features, T(0));
   const std::size_t weights = in_features * out_features;
   if (out_features >= few_outputs) {
     if (bias_gradient) add_column_sums(rows, out_features, g, bias_gradient);
-    if (rows <= most_chain)
-      return weight_product(rows, in_features, out_features, g, x, x_stride, accumulate, weight_gradient, finish);
+    if (rows <= most_chain) {
+      Product<T> p = weight_product(rows, in_features, out_features, g, x, x_stride, weight_gradient);
+      p.accumulate = accumulate;
+      return gemm(p);
+    }
     if (!accumulate) std::fill_n(weight_gradient, weights, T(0));
     weight_product_in_parts(rows, in_features, out_features, g, x, x_stride, weight_gradient);
   } else {
@@ -185,7 +186,23 @@ void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size
         for (std::size_t o = 0; o < out_features; ++o) bias_gradient[o] += total[weights + o];
     }
   }
-  if (finish) finish(0, out_features, 0, in_features);
+}
+
+template <class T>
+void visit_weight_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
+                           std::size_t x_stride, const T* weight, BlockVisitor<T> finish, T* weight_gradient, T* bias_gradient) {
+  if (out_features < few_outputs || rows > most_chain) {
+    linear_weight_gradient(rows, in_features, out_features, g, x, x_stride, false, weight_gradient, bias_gradient);
+    return finish({0, out_features, 0, in_features, weight_gradient, in_features});
+  }
+  if (bias_gradient) {
+    std::fill_n(bias_gradient, out_features, T(0));
+    add_column_sums(rows, out_features, g, bias_gradient);
+  }
+  Product<T> p = weight_product(rows, in_features, out_features, g, x, x_stride, weight_gradient);
+  p.finish = finish;
+  p.updated = weight;
+  gemm(p);
 }
 
 namespace {
@@ -271,7 +288,9 @@ double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::s
     gemm(p);
     loss += kernel.squared_error_sum(rows * out, outputs, target);
     kernel.squared_error_gradient(rows * out, outputs, target, T(1), outputs);
-    weight_product(rows, in, out, outputs, x, x_stride, true, into, {});
+    Product<T> gradient = weight_product(rows, in, out, outputs, x, x_stride, into);
+    gradient.accumulate = true;
+    gemm(gradient);
     if (shape.has_bias) {  // by blocks: fewer additions stand in one chain
       std::fill_n(targets, out, T(0));
       kernel.column_sums(rows, out, outputs, targets);
@@ -383,8 +402,9 @@ double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, cons
   template bool linear_forward(std::size_t, std::size_t, std::size_t, const T*, std::size_t, const T*, const T*, T*, Activation, bool, \
                                const PackedMatrix<T>*);                                                                               \
   template void linear_input_gradient(std::size_t, std::size_t, std::size_t, const T*, const T*, T*, Activation, const T*);           \
-  template void linear_weight_gradient(std::size_t, std::size_t, std::size_t, const T*, const T*, std::size_t, bool, T*, T*,          \
-                                       BlockVisitor);                                                                                 \
+  template void linear_weight_gradient(std::size_t, std::size_t, std::size_t, const T*, const T*, std::size_t, bool, T*, T*);         \
+  template void visit_weight_gradient(std::size_t, std::size_t, std::size_t, const T*, const T*, std::size_t, const T*,               \
+                                      BlockVisitor<T>, T*, T*);                                                                       \
   template double linear_squared_error_gradient(const LinearShape&, const Batch<T>&, const T*, T*, LinearScratch<T>&, Interrupt&);                       \
   template double linear_hessian_eigenvalue(std::size_t, std::size_t, const T*, std::size_t, bool, Interrupt&);
 GDLIB_INSTANTIATE(float)

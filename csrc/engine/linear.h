@@ -26,11 +26,16 @@ template <class T>
 void linear_input_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* weight,
                            T* input_gradient, Activation activation = Activation::none, const T* input = nullptr);
 
-// weight_gradient[out, in] (+)= g^T x, bias_gradient[out] (+)= column sums of g (null: skipped). `finish` visits blocks of the finished
-// weight gradient, on the threads that computed them.
+// weight_gradient[out, in] (+)= g^T x, bias_gradient[out] (+)= column sums of g (null: skipped).
 template <class T>
 void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
-                            std::size_t x_stride, bool accumulate, T* weight_gradient, T* bias_gradient, BlockVisitor finish = {});
+                            std::size_t x_stride, bool accumulate, T* weight_gradient, T* bias_gradient);
+
+// The same for an update of `weight` at once: `finish` visits each block of the weight gradient, on the thread that computed it, and what
+// weight_gradient[out, in] holds afterwards is unspecified.
+template <class T>
+void visit_weight_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
+                           std::size_t x_stride, const T* weight, BlockVisitor<T> finish, T* weight_gradient, T* bias_gradient);
 
 // Rows for one step of training. Row r is at x + (index ? index[r] : r) * x_stride; targets likewise, dense, null for zeros.
 template <class T>

@@ -154,7 +154,7 @@ class Pass {
   }
 
   // gradient = that of the squared error. Stops early after an interrupt, except with `finished`: a step is made whole.
-  void backward(T* gradient, SegmentVisitor finished) {
+  void backward(T* gradient, SegmentVisitor<T> finished) {
     const std::size_t out = network_.out_features();
     T* g = at(scratch_.gradients[0]);
     T* other = at(scratch_.gradients[1]);
@@ -180,25 +180,29 @@ class Pass {
         linear_input_gradient<T>(rows_, layer.in_features, layer.out_features, g, weight(layer), other,
                                  fused ? layers[i - 1].activation : Activation::none, input(i));
       }
-      weight_gradient(layer, g, input(i), input_stride(i), gradient + layer.begin_weight, finished);
+      T* const into = gradient + layer.begin_weight;
+      if (finished)
+        update(layer, g, input(i), input_stride(i), into, finished);
+      else
+        linear_weight_gradient<T>(rows_, layer.in_features, layer.out_features, g, input(i), input_stride(i), false, into,
+                                  layer.has_bias ? into + layer.weights() : nullptr);
       std::swap(g, other);
       i -= fused;
     }
   }
 
  private:
-  void weight_gradient(const Layer& layer, const T* g, const T* x, std::size_t x_stride, T* into, SegmentVisitor finished) {
+  // `finished` visits the gradient of a layer's parameters; `memory` has room for it.
+  void update(const Layer& layer, const T* g, const T* x, std::size_t x_stride, T* memory, SegmentVisitor<T> finished) {
     const std::size_t in = layer.in_features;
-    const auto visit = [&](std::size_t row, std::size_t rows, std::size_t col, std::size_t cols) {
-      const std::size_t begin = layer.begin_weight + row * in + col;
-      if (cols == in) return finished(begin, rows * in);
-      for (std::size_t r = 0; r < rows; ++r) finished(begin + r * in, cols);
+    const auto visit = [&](const Block<T>& block) {
+      const std::size_t begin = layer.begin_weight + block.row * in + block.col;
+      if (block.cols == in && block.stride == in) return finished(Segment<T>{begin, 1, block.rows * in, in, block.data, in});
+      finished(Segment<T>{begin, block.rows, block.cols, in, block.data, block.stride});
     };
-    BlockVisitor finish;
-    if (finished) finish = visit;
-    T* const biases = layer.has_bias ? into + layer.weights() : nullptr;
-    linear_weight_gradient<T>(rows_, in, layer.out_features, g, x, x_stride, false, into, biases, finish);
-    if (finished && biases) finished(layer.begin_weight + layer.weights(), layer.out_features);
+    T* const biases = layer.has_bias ? memory + layer.weights() : nullptr;
+    visit_weight_gradient<T>(rows_, in, layer.out_features, g, x, x_stride, weight(layer), visit, memory, biases);
+    if (biases) finished({layer.begin_weight + layer.weights(), 1, layer.out_features, layer.out_features, biases, layer.out_features});
   }
 
   T* at(std::size_t place) const { return scratch_.arena.data() + place; }
@@ -274,11 +278,11 @@ double network_squared_error(const Network& network, const Batch<T>& batch, cons
 
 template <class T>
 double network_squared_error_gradient(const Network& network, const Batch<T>& batch, const T* parameters, T* gradient,
-                                      NetworkScratch<T>& scratch, Interrupt& interrupt, SegmentVisitor finished) {
+                                      NetworkScratch<T>& scratch, Interrupt& interrupt, SegmentVisitor<T> finished) {
   const std::size_t n = network.parameters();
   if (network.is_lone_linear()) {
     const double loss = linear_squared_error_gradient(network.linear_shape(), batch, parameters, gradient, scratch.linear, interrupt);
-    if (finished && std::isfinite(loss) && !interrupt.requested()) finished(0, n);
+    if (finished && std::isfinite(loss) && !interrupt.requested()) finished({0, 1, n, n, gradient, n});
     return loss;
   }
   Pass<T> pass(network, parameters, scratch, interrupt);
@@ -300,7 +304,7 @@ double network_squared_error_gradient(const Network& network, const Batch<T>& ba
     for (std::size_t i = 0; i < n; ++i) scratch.sums[i] += static_cast<double>(gradient[i]);
   }
   for (std::size_t i = 0; i < n; ++i) gradient[i] = static_cast<T>(scratch.sums[i]);
-  if (finished && std::isfinite(loss)) finished(0, n);
+  if (finished && std::isfinite(loss)) finished({0, 1, n, n, gradient, n});
   return loss;
 }
 
@@ -310,7 +314,7 @@ double network_squared_error_gradient(const Network& network, const Batch<T>& ba
                                 const std::vector<PackedMatrix<T>>*);                                                                    \
   template double network_squared_error(const Network&, const Batch<T>&, const T*, NetworkScratch<T>&, Interrupt&);                      \
   template double network_squared_error_gradient(const Network&, const Batch<T>&, const T*, T*, NetworkScratch<T>&, Interrupt&,  \
-                                                 SegmentVisitor);
+                                                 SegmentVisitor<T>);
 GDLIB_INSTANTIATE(float)
 GDLIB_INSTANTIATE(double)
 #undef GDLIB_INSTANTIATE

@@ -79,13 +79,25 @@ template <class T>
 double network_squared_error(const Network& network, const Batch<T>& batch, const T* parameters, NetworkScratch<T>& scratch,
                              Interrupt& interrupt);
 
-// A segment of the gradient, from its begin on so many elements, is complete, and the parameters there are not read again in this call.
-using SegmentVisitor = Visitor<std::size_t, std::size_t>;
+// A block of the gradient is complete, and the parameters that it belongs to are not read again in this call.
+template <class T>
+struct Segment {
+  std::size_t begin;  // of the first row's parameters
+  std::size_t rows;
+  std::size_t cols;
+  std::size_t stride;  // parameters between the starts of two rows
+  const T* gradient;   // [rows, cols], rows gradient_stride apart
+  std::size_t gradient_stride;
+};
+
+template <class T>
+using SegmentVisitor = Visitor<const Segment<T>&>;
 
 // The same, and gradient[parameters] = its gradient. `finished` visits every parameter once, in segments and on several threads, so that an
-// update finds the gradient in the cache; not at all when the loss is not finite, or after an interrupt.
+// update finds the gradient in the cache; not at all when the loss is not finite, or after an interrupt. With it, `gradient` is memory for
+// those that have to wait, and what it holds afterwards is unspecified.
 template <class T>
 double network_squared_error_gradient(const Network& network, const Batch<T>& batch, const T* parameters, T* gradient,
-                                      NetworkScratch<T>& scratch, Interrupt& interrupt, SegmentVisitor finished = {});
+                                      NetworkScratch<T>& scratch, Interrupt& interrupt, SegmentVisitor<T> finished = {});
 
 }  // namespace gdlib

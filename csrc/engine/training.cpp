@@ -53,17 +53,17 @@ class RowSource {
 template <class T>
 class StepUpdate {
  public:
-  // An activation may hide infinite parameters from the loss, tanh being 1 of infinity: then every update is looked at.
-  StepUpdate(Round<T>& round, T gradient_scale, bool check) : round_(round), scale_(gradient_scale), check_(check) {}
+  StepUpdate(Round<T>& round, T gradient_scale) : round_(round), scale_(gradient_scale) {}
 
-  void operator()(std::size_t begin, std::size_t count) const {
+  void operator()(const Segment<T>& segment) const {
+    const std::size_t last_row = segment.begin + (segment.rows - 1) * segment.stride;
     for (const UpdateRange<T>& range : round_.ranges) {
-      const std::size_t from = std::max(begin, range.begin), end = std::min(begin + count, range.end);
-      if (from >= end) continue;
-      T* const parameters = round_.parameters + from;
-      table<T>().sgd_update(end - from, range.options, scale_, range.first_step, round_.gradient + from, parameters,
-                            range.has_momentum ? round_.momentum + from : nullptr);
-      if (check_ && !table<T>().all_finite(end - from, parameters)) finite_.store(false, std::memory_order_relaxed);
+      if (range.begin <= segment.begin && last_row + segment.cols <= range.end) return update(range, segment);
+      for (std::size_t row = segment.begin, r = 0; r < segment.rows; row += segment.stride, ++r) {  // those of the row in this range
+        const std::size_t from = std::max(row, range.begin), end = std::min(row + segment.cols, range.end);
+        if (from < end)
+          update(range, {from, 1, end - from, segment.stride, segment.gradient + r * segment.gradient_stride + (from - row), 0});
+      }
     }
   }
 
@@ -71,9 +71,16 @@ class StepUpdate {
   bool finite() const { return finite_.load(std::memory_order_relaxed); }
 
  private:
+  void update(const UpdateRange<T>& range, const Segment<T>& segment) const {
+    T* const momentum = range.has_momentum ? round_.momentum + segment.begin : nullptr;
+    const bool finite =
+        table<T>().sgd_update({segment.rows, segment.cols, range.options, scale_, range.first_step, segment.gradient,
+                               segment.gradient_stride, round_.parameters + segment.begin, momentum, segment.stride});
+    if (!finite) finite_.store(false, std::memory_order_relaxed);
+  }
+
   Round<T>& round_;
   T scale_;
-  bool check_;
   mutable std::atomic<bool> finite_{true};
 };
 
@@ -155,14 +162,14 @@ RoundResult make_steps(Round<T>& round, Interrupt& interrupt, const std::functio
         made = many.make(batch, round.losses[epoch]);
       } else {
         const double elements = static_cast<double>(batch.rows) * outputs;
-        const StepUpdate<T> update(round, static_cast<T>(round.mean ? 1.0 / elements : 1.0), check_each_step);
+        const StepUpdate<T> update(round, static_cast<T>(round.mean ? 1.0 / elements : 1.0));
         const double loss = network_squared_error_gradient(round.network, batch, round.parameters, round.gradient, scratch, interrupt,
-                                                           SegmentVisitor(update));
+                                                           SegmentVisitor<T>(update));
         if (!interrupt.requested() && std::isfinite(loss)) {  // then it has been updated
           made = 1;
           round.losses[epoch] += loss;
           for (UpdateRange<T>& range : round.ranges) range.first_step = false;
-          finite = update.finite();
+          finite = !check_each_step || update.finite();
           pacer.step_done();
         }
       }

@@ -37,7 +37,7 @@ struct Round {
   double loss_limit;                 // an epoch whose mean squared error exceeds it ends the round; 0: none
   std::vector<UpdateRange<T>> ranges;
   T* parameters;  // [network.parameters()], in place
-  T* gradient;    // the last step's gradient
+  T* gradient;    // [network.parameters()], memory for gradients
   T* momentum;    // in place; null when no range has momentum
   double* losses; // [epochs], by epoch of the run: sum of squared errors of its steps so far
 };

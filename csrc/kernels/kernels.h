@@ -21,6 +21,21 @@ struct SgdOptions {
   bool maximize;
 };
 
+// PyTorch's SGD step on a block of parameters: see KernelTable::sgd_update.
+template <class T>
+struct SgdUpdate {
+  size_t rows;
+  size_t cols;
+  SgdOptions<T> options;
+  T gradient_scale;        // the gradient is multiplied by it first
+  bool first_step;         // the momentum buffer is set to the gradient instead of being decayed
+  const T* gradient;       // [rows, cols], rows gradient_stride apart
+  size_t gradient_stride;
+  T* parameter;            // [rows, cols], rows `stride` apart, in place
+  T* momentum;             // the same, or null without momentum
+  size_t stride;
+};
+
 // A visit to `rows` rows, at least one, of a linear layer with a squared-error loss: see KernelTable::linear_step.
 template <class T>
 struct LinearStep {
@@ -140,10 +155,8 @@ struct KernelTable {
   // g[rows, cols] = g times the activation's derivative where its output is y[rows, cols], in place.
   void (*activation_backward)(Activation kind, size_t rows, size_t cols, const T* y, size_t y_stride, T* g, size_t g_stride);
 
-  // PyTorch's SGD step on n parameters, in place; the gradient is multiplied by gradient_scale first. momentum_buffer: null without
-  // momentum; first_step: the buffer is set to the gradient instead of being decayed.
-  void (*sgd_update)(size_t n, const SgdOptions<T>& options, T gradient_scale, bool first_step, const T* gradient, T* parameter,
-                     T* momentum_buffer);
+  // Returns whether every updated parameter is finite.
+  bool (*sgd_update)(const SgdUpdate<T>& update);
 
   // True when no element is NaN or infinite.
   bool (*all_finite)(size_t n, const T* x);

@@ -7,33 +7,38 @@ namespace {
 // buffer = d on the first step, else momentum * buffer + (1 - dampening) * d
 // parameter -= lr * (nesterov ? d + momentum * buffer : buffer), without momentum lr * d
 template <class T, bool HasMomentum>
-void sgd_update_with(size_t n, const SgdOptions<T>& options, T gradient_scale, bool first_step, const T* gradient, T* parameter,
-                     T* momentum_buffer) {
-  const Vector<T> scale = broadcast(options.maximize ? -gradient_scale : gradient_scale);
+bool sgd_update_with(const SgdUpdate<T>& u) {
+  const SgdOptions<T>& options = u.options;
+  const Vector<T> scale = broadcast(options.maximize ? -u.gradient_scale : u.gradient_scale);
   const Vector<T> decay = broadcast(options.weight_decay);
   const Vector<T> lr = broadcast(-options.lr);
   const Vector<T> momentum = broadcast(options.momentum);
   const Vector<T> fresh = broadcast(T(1) - options.dampening);
-  for (size_t i = 0; i < n; i += lanes<T>) {
-    const size_t count = n - i;
-    const Vector<T> p = load_up_to(parameter + i, count);
-    Vector<T> d = fma(decay, p, scale * load_up_to(gradient + i, count));
-    if constexpr (HasMomentum) {
-      const Vector<T> buffer = first_step ? d : fma(momentum, load_up_to(momentum_buffer + i, count), fresh * d);
-      store_up_to(momentum_buffer + i, buffer, count);
-      d = options.nesterov ? fma(momentum, buffer, d) : buffer;
+  Vector<T> zeros = zero<T>();  // NaN from the first parameter that is not finite: 0 times it
+  for (size_t r = 0; r < u.rows; ++r) {
+    const T* const gradient = u.gradient + r * u.gradient_stride;
+    T* const parameter = u.parameter + r * u.stride;
+    T* const buffer = HasMomentum ? u.momentum + r * u.stride : nullptr;
+    for (size_t i = 0; i < u.cols; i += lanes<T>) {
+      const size_t count = u.cols - i;
+      const Vector<T> p = load_up_to(parameter + i, count);
+      Vector<T> d = fma(decay, p, scale * load_up_to(gradient + i, count));
+      if constexpr (HasMomentum) {
+        const Vector<T> moved = u.first_step ? d : fma(momentum, load_up_to(buffer + i, count), fresh * d);
+        store_up_to(buffer + i, moved, count);
+        d = options.nesterov ? fma(momentum, moved, d) : moved;
+      }
+      const Vector<T> updated = fma(lr, d, p);
+      store_up_to(parameter + i, updated, count);
+      zeros = fma(zero<T>(), updated, zeros);
     }
-    store_up_to(parameter + i, fma(lr, d, p), count);
   }
+  return sum_lanes<T>(zeros) == T(0);
 }
 
 template <class T>
-void sgd_update(size_t n, const SgdOptions<T>& options, T gradient_scale, bool first_step, const T* gradient, T* parameter,
-                T* momentum_buffer) {
-  if (momentum_buffer)
-    sgd_update_with<T, true>(n, options, gradient_scale, first_step, gradient, parameter, momentum_buffer);
-  else
-    sgd_update_with<T, false>(n, options, gradient_scale, first_step, gradient, parameter, nullptr);
+bool sgd_update(const SgdUpdate<T>& u) {
+  return u.momentum ? sgd_update_with<T, true>(u) : sgd_update_with<T, false>(u);
 }
 
 // sums[cols] += column sums of g[rows, cols]: some vectors of columns at a time, so that additions do not wait for each other.

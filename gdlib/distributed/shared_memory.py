@@ -29,11 +29,12 @@ import numpy.typing as npt
 from gdlib import _core, validation
 from gdlib.config import set_num_threads
 from gdlib.distributed import averaging
+from gdlib.history import History
 from gdlib.losses import MSELoss
 from gdlib.modules import Model
 from gdlib.optim import GD, SGD
 from gdlib.parameters import LINE_BYTES
-from gdlib.training import History, Run, progress_bar
+from gdlib.training import Run, progress_bar
 
 _START = "at its start"
 _COPY_BYTES = 8 << 20  # of rows at a time: still in the cache when they are checked, and Ctrl-C is answered between two

@@ -146,14 +146,21 @@ void check_updates(std::size_t n) {
     const bool has_momentum = bits & 1, nesterov = bits & 2, maximize = bits & 4, first = bits & 8;
     const gdlib::SgdOptions<double> o{0.1, has_momentum ? 0.9 : 0.0, nesterov ? 0.0 : 0.2, 0.3, nesterov && has_momentum, maximize};
     const gdlib::SgdOptions<T> typed{T(o.lr), T(o.momentum), T(o.dampening), T(o.weight_decay), o.nesterov, o.maximize};
-    auto p = numbers<T>(n, 12), buffer = numbers<T>(n, 13);
-    const auto g = numbers<T>(n, 14);
+    constexpr std::size_t rows = 3;
+    const std::size_t stride = n + bits % 3, gradient_stride = n + bits % 2;
+    auto p = numbers<T>(rows * stride, 12), buffer = numbers<T>(rows * stride, 13);
+    const auto g = numbers<T>(rows * gradient_stride, 14);
     std::vector<double> wanted(p.begin(), p.end()), wanted_buffer(buffer.begin(), buffer.end());
-    gdlib::table<T>().sgd_update(n, typed, T(0.5), first, g.data(), p.data(), has_momentum ? buffer.data() : nullptr);
-    bool good = true;
-    for (std::size_t i = 0; i < n; ++i) {
-      plain_update(wanted[i], wanted_buffer[i], 0.5 * g[i], o, has_momentum, first);
+    gdlib::SgdUpdate<T> update{rows, n, typed, T(0.5), first, g.data(), gradient_stride, p.data(), has_momentum ? buffer.data() : nullptr, stride};
+    bool good = gdlib::table<T>().sgd_update(update);
+    for (std::size_t r = 0; r < rows; ++r)
+      for (std::size_t i = 0; i < n; ++i)
+        plain_update(wanted[r * stride + i], wanted_buffer[r * stride + i], 0.5 * g[r * gradient_stride + i], o, has_momentum, first);
+    for (std::size_t i = 0; i < rows * stride; ++i)  // what lies between rows is left alone
       good = good && close(p[i], wanted[i], 4.0, 10) && close(buffer[i], wanted_buffer[i], 4.0, 10);
+    for (const T bad : {std::numeric_limits<T>::infinity(), -std::numeric_limits<T>::infinity(), std::numeric_limits<T>::quiet_NaN()}) {
+      p[(n * 7 + static_cast<std::size_t>(bits)) % rows * stride + n - 1] = bad;
+      good = good && !gdlib::table<T>().sgd_update(update);
     }
     expect(good, "update " + std::to_string(n) + " with options " + std::to_string(bits));
   }
