@@ -28,6 +28,7 @@ __all__: list[str] = [
     "openmp_enabled",
     "select_isa",
     "set_num_threads",
+    "set_zero",
     "sgd_update",
     "shuffle_order",
     "squared_error",
@@ -68,20 +69,24 @@ class Predictor:
     ) -> None: ...
 
 def activation_backward(
-    kind: str, y: numpy.typing.NDArray[typing.Any], g: numpy.typing.NDArray[typing.Any], out: numpy.typing.NDArray[typing.Any] | None = None
+    kind: str,
+    y: numpy.typing.NDArray[typing.Any],
+    g: numpy.typing.NDArray[typing.Any],
+    out: numpy.typing.NDArray[typing.Any] | None = None,
+    /,
 ) -> numpy.typing.NDArray[typing.Any]:
     """
     g times the activation's derivative where its output is y; out may be g.
     """
 
 def activation_forward(
-    kind: str, x: numpy.typing.NDArray[typing.Any], out: numpy.typing.NDArray[typing.Any] | None = None
+    kind: str, x: numpy.typing.NDArray[typing.Any], out: numpy.typing.NDArray[typing.Any] | None = None, /
 ) -> numpy.typing.NDArray[typing.Any]:
     """
     relu, tanh or sigmoid of every element; out may be x.
     """
 
-def all_finite(x: numpy.typing.NDArray[typing.Any]) -> bool:
+def all_finite(x: numpy.typing.NDArray[typing.Any], /) -> bool:
     """
     True when no element is NaN or infinite.
     """
@@ -91,7 +96,7 @@ def available_isas() -> list[str]:
     The kernel tables that this machine can run, slowest first.
     """
 
-def average(sources: numpy.typing.NDArray[typing.Any], mean: numpy.typing.NDArray[typing.Any]) -> None:
+def average(sources: numpy.typing.NDArray[typing.Any], mean: numpy.typing.NDArray[typing.Any], /) -> None:
     """
     mean[n] = the mean of the rows of sources[count, n], added in order, in place.
     """
@@ -132,6 +137,7 @@ def linear_backward(
     weight_gradient: numpy.typing.NDArray[typing.Any],
     bias_gradient: numpy.typing.NDArray[typing.Any] | None,
     input_gradient: numpy.typing.NDArray[typing.Any] | None = None,
+    /,
 ) -> numpy.typing.NDArray[typing.Any]:
     """
     weight_gradient += g^T x and bias_gradient += column sums of g, in place; returns the gradient of x, g weight, into `input_gradient` when one is given.
@@ -142,6 +148,7 @@ def linear_forward(
     weight: numpy.typing.NDArray[typing.Any],
     bias: numpy.typing.NDArray[typing.Any] | None,
     out: numpy.typing.NDArray[typing.Any] | None = None,
+    /,
 ) -> numpy.typing.NDArray[typing.Any]:
     """
     y[rows, out] = x weight^T + bias, into `out` when one is given.
@@ -178,17 +185,23 @@ def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None:
     Sets the threads that a call may use.
     """
 
+def set_zero(x: numpy.typing.NDArray[typing.Any], /) -> None:
+    """
+    x = 0, in place.
+    """
+
 def sgd_update(
     parameter: numpy.typing.NDArray[typing.Any],
     gradient: numpy.typing.NDArray[typing.Any],
     momentum_buffer: numpy.typing.NDArray[typing.Any] | None,
-    lr: typing.SupportsFloat | typing.SupportsIndex,
-    momentum: typing.SupportsFloat | typing.SupportsIndex,
-    dampening: typing.SupportsFloat | typing.SupportsIndex,
-    weight_decay: typing.SupportsFloat | typing.SupportsIndex,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
     nesterov: bool,
     maximize: bool,
     first_step: bool,
+    /,
 ) -> None:
     """
     PyTorch's SGD step on flat vectors, in place.
@@ -214,19 +227,19 @@ def squared_error(
     """
 
 def squared_error_gradient(
-    output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any], scale: typing.SupportsFloat | typing.SupportsIndex
+    output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any], scale: float, /
 ) -> numpy.typing.NDArray[typing.Any]:
     """
     scale * 2 (output - target).
     """
 
-def squared_error_sum(output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any]) -> float:
+def squared_error_sum(output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any], /) -> float:
     """
     sum of (output - target)^2, carried in double.
     """
 
 def squared_error_terms(
-    output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any]
+    output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any], /
 ) -> numpy.typing.NDArray[typing.Any]:
     """
     (output - target)^2, element by element.

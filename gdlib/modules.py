@@ -55,7 +55,7 @@ class Module:
     def zero_grad(self) -> None:
         """Set every gradient to zero."""
         for parameter in self.parameters():
-            parameter.grad.fill(0)
+            _core.set_zero(parameter._grad)
 
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """Copies of the parameters by name, under PyTorch's keys."""

@@ -129,7 +129,7 @@ class SGD:
         for _, run in self._flat:
             if run.arena.vacated:
                 self._refuse_vacated()
-            run.grad.fill(0)
+            _core.set_zero(run.grad)
 
     def step(self) -> None:
         """Update every parameter from its `.grad`, in place."""

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "direct.h"
 #include "module.h"
 
 #include "../dispatch/dispatch.h"
@@ -207,6 +208,14 @@ bool all_finite(const Array& x) {
   });
 }
 
+void set_zero(const Array& x) {
+  with_dtype(x, "x", [&](auto zero) {
+    const auto flat = write_flat<decltype(zero)>(x, "x");
+    const WithoutGil released(flat.size / 8);
+    std::fill_n(flat.data, flat.size, zero);
+  });
+}
+
 void average(const Array& sources, const Array& mean) {
   with_dtype(mean, "mean", [&](auto zero) {
     using T = decltype(zero);
@@ -221,43 +230,43 @@ void average(const Array& sources, const Array& mean) {
   });
 }
 
+Array squared_error_terms(const Array& output, const Array& target) {
+  return elementwise(output, target, [](std::size_t n, const auto* o, const auto* t, auto* result) {
+    table<std::remove_reference_t<decltype(*result)>>().squared_error_terms(n, o, t, result);
+  });
+}
+
+Array squared_error_gradient(const Array& output, const Array& target, double scale) {
+  return elementwise(output, target, [scale](std::size_t n, const auto* o, const auto* t, auto* result) {
+    using T = std::remove_reference_t<decltype(*result)>;
+    table<T>().squared_error_gradient(n, o, t, static_cast<T>(scale), result);
+  });
+}
+
 }  // namespace
 
 void define_layers(py::module_& m) {
-  m.def("linear_forward", forward, "y[rows, out] = x weight^T + bias, into `out` when one is given.", py::arg("x"), py::arg("weight"),
-        py::arg("bias"), py::arg("out") = py::none());
-  m.def("linear_backward", backward,
-        "weight_gradient += g^T x and bias_gradient += column sums of g, in place; returns the gradient of x, g weight, into "
-        "`input_gradient` when one is given.",
-        py::arg("g"), py::arg("x"), py::arg("weight"), py::arg("weight_gradient"), py::arg("bias_gradient"), py::arg("input_gradient") = py::none());
-  m.def("squared_error_sum", squared_error_sum, "sum of (output - target)^2, carried in double.", py::arg("output"), py::arg("target"));
-  m.def(
-      "squared_error_terms",
-      [](const Array& output, const Array& target) {
-        return elementwise(output, target, [](std::size_t n, const auto* o, const auto* t, auto* result) {
-          table<std::remove_reference_t<decltype(*result)>>().squared_error_terms(n, o, t, result);
-        });
-      },
-      "(output - target)^2, element by element.", py::arg("output"), py::arg("target"));
-  m.def(
-      "squared_error_gradient",
-      [](const Array& output, const Array& target, double scale) {
-        return elementwise(output, target, [scale](std::size_t n, const auto* o, const auto* t, auto* result) {
-          using T = std::remove_reference_t<decltype(*result)>;
-          table<T>().squared_error_gradient(n, o, t, static_cast<T>(scale), result);
-        });
-      },
-      "scale * 2 (output - target).", py::arg("output"), py::arg("target"), py::arg("scale"));
-  m.def("activation_forward", activate, "relu, tanh or sigmoid of every element; out may be x.", py::arg("kind"), py::arg("x"),
-        py::arg("out") = py::none());
-  m.def("activation_backward", activate_backward, "g times the activation's derivative where its output is y; out may be g.",
-        py::arg("kind"), py::arg("y"), py::arg("g"), py::arg("out") = py::none());
-  m.def("sgd_update", sgd_update, "PyTorch's SGD step on flat vectors, in place.", py::arg("parameter"), py::arg("gradient"),
-        py::arg("momentum_buffer"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"),
-        py::arg("nesterov"), py::arg("maximize"), py::arg("first_step"));
-  m.def("all_finite", all_finite, "True when no element is NaN or infinite.", py::arg("x"));
-  m.def("average", average, "mean[n] = the mean of the rows of sources[count, n], added in order, in place.", py::arg("sources"),
-        py::arg("mean"));
+  DirectFunction<forward>::define(m, "linear_forward", "y[rows, out] = x weight^T + bias, into `out` when one is given.",
+                                  {"x", "weight", "bias", "out"});
+  DirectFunction<backward>::define(
+      m, "linear_backward",
+      "weight_gradient += g^T x and bias_gradient += column sums of g, in place; returns the gradient of x, g weight, into "
+      "`input_gradient` when one is given.",
+      {"g", "x", "weight", "weight_gradient", "bias_gradient", "input_gradient"});
+  DirectFunction<squared_error_sum>::define(m, "squared_error_sum", "sum of (output - target)^2, carried in double.", {"output", "target"});
+  DirectFunction<squared_error_terms>::define(m, "squared_error_terms", "(output - target)^2, element by element.", {"output", "target"});
+  DirectFunction<squared_error_gradient>::define(m, "squared_error_gradient", "scale * 2 (output - target).", {"output", "target", "scale"});
+  DirectFunction<activate>::define(m, "activation_forward", "relu, tanh or sigmoid of every element; out may be x.", {"kind", "x", "out"});
+  DirectFunction<activate_backward>::define(m, "activation_backward",
+                                            "g times the activation's derivative where its output is y; out may be g.",
+                                            {"kind", "y", "g", "out"});
+  DirectFunction<sgd_update>::define(m, "sgd_update", "PyTorch's SGD step on flat vectors, in place.",
+                                     {"parameter", "gradient", "momentum_buffer", "lr", "momentum", "dampening", "weight_decay", "nesterov",
+                                      "maximize", "first_step"});
+  DirectFunction<all_finite>::define(m, "all_finite", "True when no element is NaN or infinite.", {"x"});
+  DirectFunction<set_zero>::define(m, "set_zero", "x = 0, in place.", {"x"});
+  DirectFunction<average>::define(m, "average", "mean[n] = the mean of the rows of sources[count, n], added in order, in place.",
+                                  {"sources", "mean"});
 }
 
 }  // namespace gdlib::bindings

@@ -14,6 +14,7 @@
 #include "../engine/random.h"
 #include "../engine/training.h"
 #include "arrays.h"
+#include "direct.h"
 #include "interruptible.h"
 #include "layers.h"
 #include "module.h"
@@ -144,8 +145,10 @@ class ShuffledBatches {
     }
   }
 
+  bool ended() const { return begin_ >= end_; }
+
   Arrays next() {
-    if (begin_ >= end_) throw py::stop_iteration();
+    if (ended()) throw py::stop_iteration();
     const std::size_t begin = begin_, count = std::min(batch_size_, end_ - begin);
     begin_ += count;
     py::tuple batch(sources_.size());
@@ -201,11 +204,20 @@ void define_training(py::module_& m) {
   m.def("hessian_eigenvalue", hessian_eigenvalue, "The largest eigenvalue of 2 [x 1]^T [x 1] (without bias, 2 x^T x).", py::arg("x"),
         py::arg("has_bias"));
   m.def("shuffle_order", order_of, "The pseudo-random order of 0 ... rows - 1 that belongs to a seed.", py::arg("seed"), py::arg("rows"));
-  py::class_<ShuffledBatches>(m, "ShuffledBatches", "Iterates over batches: for each array a new one of its rows in the order, up to end.")
+  py::class_<ShuffledBatches> batches(m, "ShuffledBatches",
+                                      "Iterates over batches: for each array a new one of its rows in the order, up to end.");
+  batches
       .def(py::init<const Arrays&, const Array&, std::size_t, std::size_t>(), py::arg("arrays"), py::arg("order"), py::arg("batch_size"),
            py::arg("end"))
       .def("__iter__", [](py::object self) -> py::typing::Iterator<Arrays> { return self; })
       .def("__next__", &ShuffledBatches::next);
+  // A for loop asks the type; by way of the method, which pybind11 has put there, each batch would take 0.06 us more.
+  reinterpret_cast<PyTypeObject*>(batches.ptr())->tp_iternext = [](PyObject* self) {
+    return translating_errors([&]() -> PyObject* {
+      auto& iterator = py::handle(self).cast<ShuffledBatches&>();
+      return iterator.ended() ? nullptr : iterator.next().release().ptr();
+    });
+  };
   m.def("fill_uniform", uniform, "Fills out with numbers uniform in [-bound, bound], in place.", py::arg("seed"), py::arg("bound"),
         py::arg("out"));
 }

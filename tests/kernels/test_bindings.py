@@ -73,13 +73,14 @@ CALLS = {
     ),
     "network_forward": (["x", "parameters"], [], lambda a: _core.network_forward(LAYERS, a["x"], a["parameters"])),
     "all_finite": (["vector"], [], lambda a: _core.all_finite(a["vector"])),
+    "set_zero": ([], ["vector"], lambda a: _core.set_zero(a["vector"])),
     "average": (["sources"], ["vector"], lambda a: _core.average(a["sources"], a["vector"])),
     "train": (["x", "target", "epoch_seeds"], ["parameters", "momentum", "losses"], train),
     "squared_error": (["x", "target", "parameters"], [], lambda a: _core.squared_error(a["x"], a["target"], a["parameters"], LAYERS)),
     "hessian_eigenvalue": (["x"], [], lambda a: _core.hessian_eigenvalue(a["x"], True)),
     "fill_uniform": ([], ["vector"], lambda a: _core.fill_uniform(0, 1.0, a["vector"])),
 }
-ALONE = {"all_finite", "hessian_eigenvalue", "fill_uniform"}  # one array, whose size is free
+ALONE = {"all_finite", "set_zero", "hessian_eigenvalue", "fill_uniform"}  # one array, whose size is free
 CASES = [(name, argument) for name, (reads, writes, _) in CALLS.items() for argument in reads + writes]
 WRITTEN = [(name, argument) for name, (_, writes, _) in CALLS.items() for argument in writes]
 SIZED = [(name, argument) for name, argument in CASES if name not in ALONE]
@@ -101,6 +102,30 @@ def assert_refused(name, argument, replacement, error):
 @pytest.mark.parametrize("name", CALLS)
 def test_right_arrays_pass(name):
     CALLS[name][2](arrays())
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_forward", "linear_backward", "squared_error_gradient", "activation_forward", "sgd_update", "set_zero"]
+)
+def test_wrong_numbers_of_arguments(name):
+    for count in (0, 20):
+        with pytest.raises(TypeError, match=f"^{count} arguments came; [1-9]+[0-9]* are wanted.$"):
+            getattr(_core, name)(*[None] * count)
+    with pytest.raises(TypeError, match="no keyword arguments"):
+        getattr(_core, name)(x=None)
+
+
+def test_wrong_kinds_of_arguments():
+    x = np.ones(3)
+    with pytest.raises(TypeError, match="real number"):
+        _core.squared_error_gradient(x, x, "1")
+    with pytest.raises(TypeError):
+        _core.activation_forward(1, x)
+    with pytest.raises(ValueError, match="kind 'softmax' is unknown"):
+        _core.activation_forward("softmax", x)
+    with pytest.raises(ValueError, match="ambiguous"):
+        _core.sgd_update(x, x, None, 0.1, 0.0, 0.0, 0.0, x, False, True)
+    assert (x == 1).all()
 
 
 @pytest.mark.parametrize(("name", "argument"), CASES)
