@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include "../dispatch/dispatch.h"
+#include "../engine/linear.h"
 #include "arrays.h"
 #include "interruptible.h"
 #include "layers.h"

@@ -9,9 +9,9 @@
 #include <pybind11/stl.h>
 #include <pybind11/typing.h>
 
-#include "../engine/linear.h"
 #include "../engine/network.h"
 #include "../engine/random.h"
+#include "../engine/squared_error.h"
 #include "../engine/training.h"
 #include "arrays.h"
 #include "direct.h"

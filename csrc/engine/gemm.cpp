@@ -89,20 +89,19 @@ class Multiplication {
     const bool kept = !product.updated || blocking_.depth < p_.depth;
     blocking_.result_size = kept ? 0 : tiles_of_group * kernel_.tile_rows * panels_to_finish * panel_width;
     fetch_updated_ = !kept && product.rows * product.cols * sizeof(T) > cache_sizes().l2 / 2;
-    tasks_ = share(static_cast<std::size_t>(thread_count()));
+    share();
   }
 
   void run() {
     // Kept between calls: a step of training asks for the same sizes again. Its size is bounded by the cache.
     static thread_local AlignedVector<T> scratch;
     const std::size_t count = tasks_.rows * tasks_.cols;
-    const int workers = count == 1 ? 1 : thread_count();
     const std::size_t each = ceil_divide(blocking_.group_size + blocking_.block_size + blocking_.result_size, line) * line;
-    scratch.resize(each * std::min(count, static_cast<std::size_t>(workers)));
+    scratch.resize(each * std::min(count, static_cast<std::size_t>(threads_)));
     T* const memory = scratch.data();
-    parallel_for(count,
-                 [&](std::size_t task, std::size_t worker) { run_task(task / tasks_.cols, task % tasks_.cols, memory + worker * each); },
-                 workers);
+    parallel_for(count, threads_, [&](std::size_t task, std::size_t worker) {
+      run_task(task / tasks_.cols, task % tasks_.cols, memory + worker * each);
+    });
   }
 
  private:
@@ -117,7 +116,7 @@ class Multiplication {
   }
 
   // How many parts of rows and of columns take the least time: each part packs what it needs, and the largest one ends last.
-  Tasks share(std::size_t threads) const {
+  void share() {
     const double lanes = static_cast<double>(kernel_.lanes), tile_rows = static_cast<double>(kernel_.tile_rows);
     const double depth = static_cast<double>(p_.depth);
     const auto cycles = [&](std::size_t row_parts, std::size_t col_parts) {
@@ -128,12 +127,14 @@ class Multiplication {
       return depth * (rows * vectors / 2 + cycles_to_pack * (packed_b + rows * blocks));
     };
     const double whole = cycles(1, 1);
-    if (threads == 1 || whole < 4 * cycles_to_share()) return {1, 1};
+    tasks_ = {1, 1};
+    threads_ = threads_for(whole);
+    if (threads_ == 1) return;
+    const auto threads = static_cast<std::size_t>(threads_);
     const std::size_t pieces = whole / static_cast<double>(threads) < cycles_of_task ? threads : 2 * threads;
     // The columns of a layer's product are its outputs, as the rows of its weight gradient are: cut alike, the weights of an output are
     // updated by the thread that reads them in the next forward product, and stay in its cache.
     const double cut_in_rows = p_.a.col_stride == 1 ? 1.0 : 0.97;
-    Tasks best{1, 1};
     double least = whole;
     for (std::size_t row_parts = 1; row_parts <= std::min(pieces, row_tiles_); ++row_parts) {
       const std::size_t col_parts = std::min(ceil_divide(pieces, row_parts), panels_.count);
@@ -141,10 +142,9 @@ class Multiplication {
       const double time = rounds * cycles(row_parts, col_parts) * (col_parts == 1 ? cut_in_rows : 1.0);
       if (time < least) {
         least = time;
-        best = {row_parts, col_parts};
+        tasks_ = {row_parts, col_parts};
       }
     }
-    return best;
   }
 
   std::size_t row_begin(std::size_t tile) const { return cut(p_.rows, row_tiles_, tile); }
@@ -264,6 +264,7 @@ class Multiplication {
   bool fetch_updated_;
   Blocking blocking_;
   Tasks tasks_;
+  int threads_;
 };
 
 }  // namespace
@@ -273,7 +274,8 @@ PackedMatrix<T>::PackedMatrix(std::size_t depth, std::size_t cols, MatrixView<T>
   const KernelTable<T>& kernel = table<T>();
   const Panels panels(cols, kernel.lanes, kernel.tile_vectors);
   data_.resize(panels.vectors * kernel.lanes * depth);
-  parallel_for(panels.count, [&](std::size_t panel, std::size_t) {
+  const double elements = static_cast<double>(depth) * static_cast<double>(cols);
+  parallel_for(panels.count, threads_for(cycles_to_pack * elements), [&](std::size_t panel, std::size_t) {
     const std::size_t col = panels.begin(panel);
     kernel.gemm_pack_columns(depth, panels.present(panel), b.at(0, col), b.row_stride, b.col_stride, data_.data() + col * depth,
                              panels.width(panel));

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../dispatch/dispatch.h"
+#include "linear.h"
 
 namespace gdlib {
 
@@ -226,7 +227,7 @@ class Pass {
   template <class Body>
   void in_tasks(std::size_t cols, const Body& body) {
     const std::size_t step = task_rows(cols);
-    parallel_for(task_count(cols), [&](std::size_t task, std::size_t) {
+    parallel_for(task_count(cols), thread_count(), [&](std::size_t task, std::size_t) {
       body(task * step, std::min(step, rows_ - task * step), task);
     });
   }

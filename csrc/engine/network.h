@@ -9,8 +9,8 @@
 
 #include "../kernels/kernels.h"
 #include "aligned.h"
-#include "linear.h"
 #include "parallel.h"
+#include "squared_error.h"
 #include "visitor.h"
 
 namespace gdlib {

@@ -1,19 +1,20 @@
-// The only file with OpenMP, which starts the threads of a team and keeps them between two calls. Who runs which task is settled here: the
-// barrier of a loop of OpenMP's waits for every thread, also for one that has lost its core and taken no task.
+// The only file with OpenMP, which starts the threads and places them. Who runs which task is settled here.
 #include "parallel.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <exception>
-#include <limits>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
+#include <thread>
+#include <utility>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -55,12 +56,11 @@ int parse_threads(const char* text) {
   return static_cast<int>(value);
 }
 
-class Team;
-thread_local Team* led = nullptr;   // the team whose loops are started on this thread
 thread_local bool in_task = false;  // loops inside a task run on its thread
+thread_local bool alone = false;    // and those of a run that a StepPacer has told so
 
-// Waits a little longer at each turn: at first without leaving the core, for a loop that begins or ends within microseconds, then with a
-// chance for others, whose task may be what it waits for.
+// Waits, at first without leaving the core, for a loop that begins or ends within microseconds, then with a chance for others, whose task
+// may be what it waits for.
 class Patience {
  public:
   // Whether it has waited for `rest` already.
@@ -80,190 +80,241 @@ class Patience {
   }
 
  private:
-  static constexpr int turns_at_once = 500;  // about 10 us
+  static constexpr int turns_at_once = 2500;  // about 50 us: who leaves a core to a thread that spins gets it back milliseconds later
   int turns_ = 0;
   std::chrono::steady_clock::time_point since_;
 };
 
-// Threads that work on one loop after the other. The calling thread starts a loop and takes tasks of it like the others.
-class Team {
+// The CPUs of a thread that sleeps. It must not wake on its caller's, where it would wait behind it: the kernel wakes a thread where it ran
+// last, and may take milliseconds to see that another CPU is idle.
+class Bed {
  public:
-  explicit Team(int size) : size_(size) {}
-
-  // 1 while the calling thread is told to work alone.
-  int threads() const { return alone_ ? 1 : size_; }
-  void set_alone(bool alone) { alone_ = alone; }
-
-  // On the calling thread.
-  void run(std::size_t count, Visitor<std::size_t, std::size_t> task) {
-    constexpr std::size_t most = std::numeric_limits<std::uint32_t>::max();
-    for (std::size_t begin = 0; begin < count; begin += most) {
-      first_ = begin;
-      count_ = static_cast<std::uint32_t>(std::min(most, count - begin));
-      task_ = task;
-      finished_.store(0, std::memory_order_relaxed);  // published, as the lines above, with the loop's first state
-      announce(++loop_ << 32 | count_);
-      const std::uint32_t own = take_tasks(0);
-      // Acquires what the others' tasks have written. One that has taken none is not waited for: it finds none left.
-      for (Patience patience; finished_.load(std::memory_order_acquire) != count_ - own;) patience.wait();
-    }
+  Bed() {
+#if defined(__linux__)
+    known_ = sched_getaffinity(0, sizeof allowed_, &allowed_) == 0;
+#endif
   }
-
-  // On the other threads, until the team is dismissed.
-  void serve(std::size_t worker) {
-    in_task = true;
-    while (wait_for_tasks()) finished_.fetch_add(take_tasks(worker), std::memory_order_release);
-    in_task = false;
+  void lie_down_away_from([[maybe_unused]] int cpu) {
+#if defined(__linux__)
+    cpu_set_t others = allowed_;
+    if (known_ && cpu >= 0) CPU_CLR(static_cast<std::size_t>(cpu), &others);
+    away_ = known_ && CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0;
+#endif
   }
-
-  void dismiss() { announce(dismissed); }
+  void get_up() {
+#if defined(__linux__)
+    if (away_) sched_setaffinity(0, sizeof allowed_, &allowed_);
+#endif
+  }
 
  private:
-  static constexpr std::uint64_t dismissed = std::numeric_limits<std::uint64_t>::max();
-  static constexpr std::chrono::microseconds rest{200};  // what a thread spins for the next loop: four times what waking it costs
+#if defined(__linux__)
+  cpu_set_t allowed_;
+  bool known_ = false, away_ = false;
+#endif
+};
+
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Threads that work on one loop after the other, for the life of the process. OpenMP starts and places them, in parallel regions that do not
+// end. Who calls takes tasks like they do, and waits for the tasks that others have taken: not, as at the end of a region, for every thread,
+// which takes milliseconds where one has lost its core to a thread of another library that spins.
+class Team {
+ public:
+  // Runs the loop, unless it is at work for another caller.
+  bool run(std::size_t count, int threads, Visitor<std::size_t, std::size_t> task) {
+    if (busy_.exchange(true, std::memory_order_acquire)) return false;
+    start(threads - 1);
+    task_ = task;
+    count_ = count;
+    finished_.store(0, std::memory_order_relaxed);  // published, as the lines above, with the loop's first state
+    caller_cpu_.store(current_cpu(), std::memory_order_relaxed);  // a hint
+    announce(state_of(count, threads));
+    const std::size_t own = take_tasks(0);
+    // Acquires what the others' tasks have written. One that has taken none is not waited for: it finds none left.
+    for (Patience patience; finished_.load(std::memory_order_acquire) != count - own;) patience.wait();
+    busy_.store(false, std::memory_order_release);
+    return true;
+  }
+
+ private:
+  // A loop's state: how many threads may take tasks (16 bits), and the tasks that nobody has taken.
+  static constexpr int task_bits = 48;
+  static std::uint64_t state_of(std::size_t tasks, int threads) { return static_cast<std::uint64_t>(threads) << task_bits | tasks; }
+  static std::size_t tasks_left(std::uint64_t state, std::size_t worker) {
+    return worker < state >> task_bits ? state & ((std::uint64_t{1} << task_bits) - 1) : 0;
+  }
+
+  void start(int wanted) {
+    if (wanted <= workers_) return;
+#if defined(_OPENMP)
+    const int first = workers_ + 1, more = wanted - workers_;
+    try {
+      std::thread([this, first, more] {
+#pragma omp parallel num_threads(more)
+        serve(static_cast<std::size_t>(first + omp_get_thread_num()));
+      }).detach();
+    } catch (const std::system_error&) {
+      // The system has no more threads: those that are there will do.
+    }
+#endif
+    workers_ = wanted;
+  }
 
   void announce(std::uint64_t state) {
     // Sequentially consistent, as a sleeper's count and its look at the state are: one of the two sees the other.
     state_.store(state);
     if (sleepers_.load() == 0) return;
-    // A thread that is just falling asleep is not waited for: it sleeps through this loop. It must not miss the end.
-    std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
-    if (state == dismissed) lock.lock();
-    if (lock.owns_lock() || lock.try_lock()) awake_.notify_all();
+    // A thread that is just falling asleep, or waking, is not waited for: it may miss this loop.
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock) awake_.notify_all();
   }
 
-  // False once the team is dismissed.
-  bool wait_for_tasks() {
-    const auto idle = [&] { return static_cast<std::uint32_t>(state_.load()) == 0; };
-    for (Patience patience; idle(); patience.wait()) {
-      if (!patience.over(rest)) continue;
-      std::unique_lock<std::mutex> lock(mutex_);
-      ++sleepers_;
-      awake_.wait(lock, [&] { return !idle(); });
-      --sleepers_;
+  void serve(std::size_t worker) {
+    constexpr std::chrono::microseconds rest{200};  // what it spins for the next loop: four times what waking it costs
+    in_task = true;
+    const auto idle = [&] { return tasks_left(state_.load(), worker) == 0; };
+    for (Bed bed;;) {
+      for (Patience patience; idle(); patience.wait()) {
+        if (!patience.over(rest)) continue;
+        bed.lie_down_away_from(caller_cpu_.load(std::memory_order_relaxed));
+        {
+          std::unique_lock<std::mutex> lock(mutex_);
+          ++sleepers_;
+          awake_.wait(lock, [&] { return !idle(); });
+          --sleepers_;
+        }
+        bed.get_up();
+      }
+      finished_.fetch_add(take_tasks(worker), std::memory_order_release);
     }
-    return state_.load(std::memory_order_relaxed) != dismissed;
   }
 
-  // Returns how many it has run. A state names its loop: it cannot come back, so that what is exchanged is what has been read. The loop's
-  // fields stay until its tasks are finished, the one taken here among them; the exchange acquires them.
-  std::uint32_t take_tasks(std::size_t worker) {
-    std::uint32_t taken = 0;
+  // Returns how many it has run. Whatever loop a task is taken from by the exchange is the one that runs, and its fields, which the exchange
+  // acquires, stay until that task is finished.
+  std::size_t take_tasks(std::size_t worker) {
+    std::size_t taken = 0;
     std::uint64_t state = state_.load(std::memory_order_relaxed);
-    while (static_cast<std::uint32_t>(state) != 0 && state != dismissed) {
+    while (const std::size_t left = tasks_left(state, worker)) {
       if (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acquire, std::memory_order_relaxed)) continue;
-      task_(first_ + (count_ - static_cast<std::uint32_t>(state)), worker);
+      task_(count_ - left, worker);
       ++taken;
       state = state_.load(std::memory_order_relaxed);
     }
     return taken;
   }
 
-  const int size_;
-  bool alone_ = false;  // read and written on the calling thread
-  std::uint64_t loop_ = 0;
+  // Of the caller, one at a time.
+  std::atomic<bool> busy_{false};
+  int workers_ = 0;
   // The loop that runs.
-  std::size_t first_ = 0;
-  std::uint32_t count_ = 0;
+  std::size_t count_ = 0;
   Visitor<std::size_t, std::size_t> task_;
   // On lines of their own: threads that wait read one, those that finish write the other.
-  alignas(64) std::atomic<std::uint64_t> state_{0};  // the loop's number (32 bits), tasks that nobody has taken (32 bits)
-  alignas(64) std::atomic<std::uint32_t> finished_{0};  // by the others
+  alignas(64) std::atomic<std::uint64_t> state_{0};
+  alignas(64) std::atomic<std::size_t> finished_{0};  // by the others
   alignas(64) std::atomic<int> sleepers_{0};
+  std::atomic<int> caller_cpu_{-1};
   std::mutex mutex_;
   std::condition_variable awake_;
 };
 
-void lead_team(int threads, Visitor<> body) {
-  Team team(threads);
-  std::exception_ptr failure;  // none may leave the parallel region
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-  if (omp_get_thread_num() != 0) {
-    team.serve(static_cast<std::size_t>(omp_get_thread_num()));
-  } else
-#endif
-  {
-    led = &team;
-    try {
-      body();
-    } catch (...) {
-      failure = std::current_exception();
-    }
-    led = nullptr;
-    team.dismiss();
-  }
-  if (failure) std::rethrow_exception(failure);
+// Never destroyed: its threads outlive every static object.
+Team& the_team() {
+  static Team* const team = new Team;
+  return *team;
+}
+
+// What sharing a loop costs, in cycles of a thread (at 4 GHz).
+constexpr double cost_of_sharing = 2'000;   // a thread that spins takes part within 0.5 us
+constexpr double cost_of_waking = 100'000;  // 25 us until one that sleeps does
+
+// Whether the team's threads may be awake still. Who asks again soon has them woken.
+bool awake() {
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::milliseconds soon{1};
+  static thread_local Clock::time_point asked;
+  const auto before = std::exchange(asked, Clock::now());
+  return asked - before < soon;
 }
 
 }  // namespace
 
-void parallel_for(std::size_t count, Visitor<std::size_t, std::size_t> task, int limit) {
-  const int threads = static_cast<int>(std::min(count, static_cast<std::size_t>(limit)));
-  if (threads <= 1) {
-    for (std::size_t i = 0; i < count; ++i) task(i, 0);
-  } else if (led) {
-    in_task = true;
-    led->run(count, task);
-    in_task = false;
-  } else {
-    lead_team(threads, [&] { parallel_for(count, task, threads); });
-  }
-}
-
-void with_team(std::size_t multiply_adds, Visitor<> body) {
-  constexpr std::size_t least = 200'000;  // no loop shares less
+int threads_for(double cycles) {
+  constexpr double least = 4.0;  // times what it costs
   const int threads = thread_count();
-  if (threads == 1 || led || multiply_adds < least) return body();
-  lead_team(threads, body);
+  if (threads == 1 || cycles < least * cost_of_sharing) return 1;
+  return cycles >= least * cost_of_waking || awake() ? threads : 1;
 }
 
-double cycles_to_share() {
-  // A thread of a team that spins takes part within 0.5 us. One that is started for a loop may sleep, which costs 50.
-  return led ? 2'000 : 10'000;
+void parallel_for(std::size_t count, int threads, Visitor<std::size_t, std::size_t> task) {
+  threads = static_cast<int>(std::min(count, static_cast<std::size_t>(threads)));
+  const auto run_all = [&] {
+    for (std::size_t i = 0; i < count; ++i) task(i, 0);
+  };
+  if (threads <= 1) return run_all();
+  in_task = true;
+  if (!the_team().run(count, threads, task)) run_all();
+  in_task = false;
 }
 
-StepPacer::StepPacer() : begin_(Clock::now()) {}
+StepPacer::StepPacer(double step_cycles) : trials_(kept()), begin_(Clock::now()) {
+  if (trials_.step_cycles != step_cycles) trials_ = {step_cycles};
+  enter(trials_.phase, trials_.alone);
+}
 
-StepPacer::~StepPacer() {
-  if (led) led->set_alone(false);
+StepPacer::~StepPacer() { alone = false; }
+
+StepPacer::Trials& StepPacer::kept() {
+  static thread_local Trials trials;
+  return trials;
 }
 
 void StepPacer::step_done() {
-  if (!led) return;
-  constexpr std::chrono::microseconds window{200};
+  constexpr std::chrono::microseconds warm_up{50}, window{200}, longest_step{400};
   const auto now = Clock::now();
   const Clock::duration taken = now - begin_;
-  if (++steps_ <= 0) begin_ = now;
-  if (steps_ <= 0 || taken < window) return;
-  begin_ = now;
-  if (steps_ == 1) {  // too long a step to be tried
+  ++steps_;
+  if (warming_up_ ? taken < warm_up : taken < window || (steps_ == 1 && taken < longest_step)) return;
+  if (warming_up_) {
+    warming_up_ = false;
+  } else if (steps_ == 1) {
     enter(Phase::settled, false);
   } else {
     end_window(steps_ / std::chrono::duration<double>(taken).count());
   }
+  begin_ = now;
+  steps_ = 0;
 }
 
 void StepPacer::end_window(double steps_per_second) {
-  steps_ = 0;
-  if (phase_ == Phase::settled) {
-    if (--windows_left_ == 0) enter(Phase::trying_shared, false);
-  } else if (phase_ == Phase::trying_shared) {
-    shared_rate_ = steps_per_second;
+  // Windows between two trials, 2 ms to 0.2 s: a wrong choice does not last, and trials cost little.
+  constexpr int least = 10, most = 1000;
+  Trials& t = trials_;
+  if (t.phase == Phase::settled) {
+    if (--t.windows_left <= 0) enter(Phase::trying_shared, false);
+  } else if (t.phase == Phase::trying_shared) {
+    t.shared_rate = steps_per_second;
     enter(Phase::trying_alone, true);
   } else {
-    const bool pays = shared_rate_ >= steps_per_second;
-    windows_to_keep_ = pays == pays_ ? std::min(2 * windows_to_keep_, most_windows) : least_windows;
-    windows_left_ = windows_to_keep_;
-    pays_ = pays;
+    const bool pays = t.shared_rate >= steps_per_second;
+    t.windows_to_keep = pays == t.pays ? std::clamp(2 * t.windows_to_keep, least, most) : least;
+    t.windows_left = t.windows_to_keep;
+    t.pays = pays;
     enter(Phase::settled, !pays);
   }
 }
 
-void StepPacer::enter(Phase phase, bool alone) {
-  phase_ = phase;
-  led->set_alone(alone);
-  steps_ = phase == Phase::settled ? 0 : -4;  // to warm up: caches change hands, a thread may have to wake
+void StepPacer::enter(Phase phase, bool work_alone) {
+  warming_up_ = phase != trials_.phase || phase != Phase::settled;  // caches change hands, a thread may have to wake
+  trials_.phase = phase;
+  trials_.alone = alone = work_alone;
 }
 
 void initialize_threads() {
@@ -273,8 +324,12 @@ void initialize_threads() {
 }
 
 int thread_count() {
-  if (in_task || forked) return 1;
-  return led ? led->threads() : configured.load(std::memory_order_relaxed);
+  if (in_task || alone || forked) return 1;
+#if defined(_OPENMP)
+  return configured.load(std::memory_order_relaxed);
+#else
+  return 1;
+#endif
 }
 
 void set_thread_count(int count) {

@@ -13,9 +13,8 @@
 
 namespace gdlib {
 
-// Threads that a loop started here may use: those of the team that runs this code, else GDLIB_NUM_THREADS, else the CPUs that affinity and
-// the cgroup quota leave. 1 inside a task; 1 in a forked child, whose copy of the OpenMP pool has no threads and would wait for them for
-// ever.
+// Threads that a loop started here may use: GDLIB_NUM_THREADS, else the CPUs that affinity and the cgroup quota leave. 1 inside a task; 1
+// in a forked child, where the threads do not exist.
 int thread_count();
 
 // Throws std::invalid_argument below 1.
@@ -67,25 +66,23 @@ class Interrupt {
   std::atomic<bool> requested_{false};
 };
 
-// Runs task(i, worker) for i from 0 to count - 1; worker < limit names the thread. A task must not throw. Tasks are handed out in order, to
-// whoever is free: a core that is shared with others takes fewer, and a thread that has no core holds nobody up, unless it lost it in the
-// middle of a task. Every task's writes are visible afterwards. A caller with memory for each worker asks for the limit once: it may change
-// between two calls.
-void parallel_for(std::size_t count, Visitor<std::size_t, std::size_t> task, int limit = thread_count());
+// Threads that a loop is worth sharing among, given about how many cycles it takes one thread: 1 where handing it out, or waking a thread for
+// it, costs too much of that.
+int threads_for(double cycles);
 
-// Runs body(), on the calling thread; what it throws is thrown here. Its parallel loops are handed to one team of threads, which costs 0.3
-// us a loop where starting a team for each would cost some microseconds. Nothing is started for few multiply-adds (between two loops).
-void with_team(std::size_t multiply_adds, Visitor<> body);
+// Runs task(i, worker) for i from 0 to count - 1; worker < threads names the thread, the caller being 0. A task must not throw. Tasks are
+// handed out in order, to whoever is free: a core that is shared with others takes fewer, and a thread that has no core holds nobody up,
+// unless it lost it in the middle of a task. While another caller's loop has the threads, all tasks run on the calling one. Every task's
+// writes are visible afterwards. A caller with memory for each worker asks for `threads` once: it may change between two calls.
+void parallel_for(std::size_t count, int threads, Visitor<std::size_t, std::size_t> task);
 
-// What sharing a loop that starts here costs a thread, in cycles.
-double cycles_to_share();
-
-// Finds out, again and again, whether the steps of a run are faster on the team or on the calling thread alone: with cores that have no
-// cache in common, or a host that withholds one, small steps are slower on two threads than on one. Lives inside with_team's body, on its
-// thread; without a team, and for steps of more than 0.2 ms, which make up for all that, it changes nothing.
+// Finds out, again and again, whether the steps of a run are faster on all threads or on the calling one alone: with cores that have no
+// cache in common, or a host that withholds one, small steps are slower on two threads than on one. What it has found stays for the thread's
+// next run of such steps; one run at a time. Steps of more than 0.4 ms, which make up for all that, it leaves alone.
 class StepPacer {
  public:
-  StepPacer();
+  // `step_cycles`: about what a step takes.
+  explicit StepPacer(double step_cycles);
   ~StepPacer();
   StepPacer(const StepPacer&) = delete;
   StepPacer& operator=(const StepPacer&) = delete;
@@ -96,18 +93,23 @@ class StepPacer {
   using Clock = std::chrono::steady_clock;
   enum class Phase { settled, trying_shared, trying_alone };
 
+  struct Trials {
+    double step_cycles = 0.0;
+    Phase phase = Phase::settled;
+    bool alone = false;
+    bool pays = true;
+    double shared_rate = 0.0;  // steps per second
+    int windows_left = 0, windows_to_keep = 0;
+  };
+
+  static Trials& kept();
   void end_window(double steps_per_second);
-  void enter(Phase phase, bool alone);
+  void enter(Phase phase, bool work_alone);
 
-  Phase phase_ = Phase::settled;
-  Clock::time_point begin_;  // of the window
-  int steps_ = 0;            // of the window; negative while it warms up
-  double shared_rate_ = 0.0;
-  bool pays_ = true;
-  int windows_to_keep_ = least_windows, windows_left_ = least_windows;
-
-  // Between two trials, 4 ms to 0.2 s: a wrong choice does not last, and trials cost little.
-  static constexpr int least_windows = 20, most_windows = 1000;
+  Trials& trials_;
+  Clock::time_point begin_;  // of the window, or of the time before it
+  int steps_ = 0;
+  bool warming_up_ = true;
 };
 
 }  // namespace gdlib

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "../dispatch/dispatch.h"
+#include "linear.h"
 
 namespace gdlib {
 

@@ -7,6 +7,7 @@
 
 #include "../dispatch/dispatch.h"
 #include "random.h"
+#include "tasks.h"
 
 namespace gdlib {
 namespace {
@@ -129,8 +130,10 @@ class ManySteps {
   bool possible_;
 };
 
+}  // namespace
+
 template <class T>
-RoundResult make_steps(Round<T>& round, Interrupt& interrupt, const std::function<void(std::uint64_t)>& on_epoch) {
+RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::function<void(std::uint64_t)>& on_epoch) {
   const std::uint64_t steps_per_epoch = (round.rows + round.batch_size - 1) / round.batch_size;
   const double outputs = static_cast<double>(round.network.out_features());
   const std::size_t parameters = round.network.parameters();
@@ -145,7 +148,7 @@ RoundResult make_steps(Round<T>& round, Interrupt& interrupt, const std::functio
   RoundResult result{Stop::finished, round.first_step};
   std::uint64_t epoch = round.first_step / steps_per_epoch;
   std::uint64_t in_epoch = round.first_step % steps_per_epoch;
-  StepPacer pacer;
+  StepPacer pacer(cycles_of(round.batch_size, parameters, 1));
   while (result.steps_done < round.last_step) {
     source.begin_epoch(epoch, interrupt);
     if (interrupt.requested()) {
@@ -198,15 +201,6 @@ RoundResult make_steps(Round<T>& round, Interrupt& interrupt, const std::functio
       return result;
     }
   }
-  return result;
-}
-
-}  // namespace
-
-template <class T>
-RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::function<void(std::uint64_t)>& on_epoch) {
-  RoundResult result{};
-  with_team(round.batch_size * round.network.parameters(), [&] { result = make_steps(round, interrupt, on_epoch); });
   return result;
 }
 

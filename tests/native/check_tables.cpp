@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <limits>
-#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -313,50 +312,45 @@ void check_rounds(const gdlib::Network& network, std::size_t rows, std::size_t b
   expect(eigenvalue >= 1.99 * static_cast<double>(rows), "eigenvalue");  // that of the column of ones alone is 2 * rows
 }
 
-// Every task of a team's loops runs once, and what it writes is seen, also after rests in which threads fall asleep; loops inside tasks run
-// on their thread; what the body throws arrives.
-void check_team(int threads) {
-  const std::string name = "team of " + std::to_string(threads);
-  gdlib::set_thread_count(threads);
-  bool good = true, thrown = false;
-  const auto loops = [&] {
-    good = good && gdlib::thread_count() == threads;
-    for (std::size_t loop = 0; loop < 300; ++loop) {
-      std::vector<std::size_t> out(2 + loop % 40);  // no atomics: the loop's end publishes
-      gdlib::parallel_for(out.size(), [&](std::size_t i, std::size_t worker) {
-        const std::size_t alone = gdlib::thread_count() == 1;
-        gdlib::parallel_for(3, [&](std::size_t k, std::size_t) { out[i] += alone * (loop + i + k); });
-        if (worker >= static_cast<std::size_t>(threads)) out[i] = 0;
-      });
-      for (std::size_t i = 0; i < out.size(); ++i) good = good && out[i] == 3 * (loop + i) + 3;
-      if (loop % 100 == 99) std::this_thread::sleep_for(std::chrono::milliseconds(2));
-    }
-  };
-  constexpr std::size_t much = 1 << 30;
-  gdlib::with_team(much, loops);
-  expect(good, name);
-  try {
-    gdlib::with_team(much, [&] {
-      loops();
-      throw std::bad_alloc();
+// Every task of a loop runs once, and what it writes is seen, also after rests in which threads fall asleep, and from several callers at
+// once; loops inside tasks run on their thread.
+bool run_loops(int threads) {
+  bool good = gdlib::thread_count() == threads;
+  for (std::size_t loop = 0; loop < 300; ++loop) {
+    std::vector<std::size_t> out(2 + loop % 40);  // no atomics: the loop's end publishes
+    gdlib::parallel_for(out.size(), threads, [&](std::size_t i, std::size_t worker) {
+      const std::size_t alone = gdlib::thread_count() == 1;
+      gdlib::parallel_for(3, gdlib::thread_count(), [&](std::size_t k, std::size_t) { out[i] += alone * (loop + i + k); });
+      if (worker >= static_cast<std::size_t>(threads)) out[i] = 0;
     });
-  } catch (const std::bad_alloc&) {
-    thrown = true;
+    for (std::size_t i = 0; i < out.size(); ++i) good = good && out[i] == 3 * (loop + i) + 3;
+    if (loop % 100 == 99) std::this_thread::sleep_for(std::chrono::milliseconds(2));
   }
-  expect(good && thrown && gdlib::thread_count() == threads, name + " that throws");
+  return good && gdlib::thread_count() == threads;
+}
+
+void check_loops(int threads) {
+  const std::string name = "loops on threads " + std::to_string(threads);
+  gdlib::set_thread_count(threads);
+  expect(run_loops(threads), name);
+  bool other_good = false;
+  std::thread other([&] { other_good = run_loops(threads); });
+  expect(run_loops(threads), name + " beside another caller's");
+  other.join();
+  expect(other_good, name + " of that other caller");
 
   // Short steps are tried both ways.
-  bool shared = false, alone = false;
-  gdlib::with_team(much, [&] {
-    gdlib::StepPacer pacer;
+  bool good = true, shared = false, alone = false;
+  {
+    gdlib::StepPacer pacer(threads);
     for (std::size_t step = 0; step < 10'000'000 && !(shared && alone); ++step) {
       (gdlib::thread_count() == 1 ? alone : shared) = true;
       std::atomic<int> tasks{0};
-      gdlib::parallel_for(2, [&](std::size_t, std::size_t) { ++tasks; });
+      gdlib::parallel_for(2, gdlib::thread_count(), [&](std::size_t, std::size_t) { ++tasks; });
       good = good && tasks == 2;
       pacer.step_done();
     }
-  });
+  }
   expect(good && shared && alone && gdlib::thread_count() == threads, name + " whose steps are paced");
 }
 
@@ -389,7 +383,7 @@ void check_all() {
 
 int main() {
   gdlib::initialize_threads();
-  for (const int threads : {2, 3, 8}) check_team(threads);
+  for (const int threads : {2, 3, 8, 2}) check_loops(threads);
   std::vector<gdlib::AlignedVector<std::uint32_t>> orders;
   for (const std::string& isa : gdlib::available_isas()) {
     gdlib::select_isa(isa);

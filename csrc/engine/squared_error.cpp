@@ -1,0 +1,212 @@
+#include "squared_error.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../dispatch/dispatch.h"
+#include "caches.h"
+#include "gemm.h"
+#include "random.h"
+#include "tasks.h"
+
+namespace gdlib {
+namespace {
+
+// Few outputs: the fused kernel, tasks of rows on all threads.
+template <class T>
+double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient, LinearScratch<T>& scratch,
+                            Interrupt& interrupt) {
+  const std::size_t weights = shape.in_features * shape.out_features, n = shape.parameters();
+  const KernelTable<T>& kernel = table<T>();
+  const auto step = [&](std::size_t begin, std::size_t rows, T* into) {
+    LinearStep<T> s;
+    // Rows are numbered from `begin` by moving the index, or x and the target where there is none.
+    const std::size_t shift = batch.index ? 0 : begin;
+    s.x = batch.x + shift * batch.x_stride;
+    s.x_stride = batch.x_stride;
+    s.index = batch.index ? batch.index + begin : nullptr;
+    s.rows = rows;
+    s.rows_ahead = batch.rows - begin - rows + batch.rows_ahead;
+    s.prefetch = batch.prefetch;
+    s.in_features = shape.in_features;
+    s.out_features = shape.out_features;
+    s.weight = parameters;
+    s.bias = shape.has_bias ? parameters + weights : nullptr;
+    s.target = batch.target ? batch.target + shift * shape.out_features : nullptr;
+    s.weight_gradient = into;
+    s.bias_gradient = shape.has_bias ? into + weights : nullptr;
+    return kernel.linear_step(s);
+  };
+
+  const std::size_t task_rows = rows_per_task(shape.in_features, shape.out_features, sizeof(T));
+  if (batch.rows <= task_rows) return step(0, batch.rows, gradient);
+
+  const std::size_t tasks = ceil_divide(batch.rows, task_rows);
+  scratch.partials.resize(tasks * n);
+  scratch.losses.resize(tasks);
+  parallel_for(tasks, threads_for(cycles_of(batch.rows, shape.in_features, shape.out_features)), [&](std::size_t task, std::size_t) {
+    if (interrupt.check()) return;
+    const std::size_t begin = task * task_rows;
+    scratch.losses[task] = step(begin, std::min(task_rows, batch.rows - begin), scratch.partials.data() + task * n);
+  });
+  if (interrupt.requested()) return 0.0;
+  sum_partials(tasks, n, scratch.partials.data(), false, gradient);
+  double loss = 0.0;
+  for (double part : scratch.losses) loss += part;
+  return loss;
+}
+
+// Rows [begin, end) of a batch, for many outputs: into[parameters] += their gradient; returns the sum of squared errors. `block_rows` at a
+// time, so that the gradient of a block finds its rows in the cache; those that an index scatters are gathered into `memory` first.
+template <class T>
+double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::size_t begin, std::size_t end, std::size_t block_rows,
+                         const T* parameters, const PackedMatrix<T>* packed, T* into, T* memory) {
+  const std::size_t in = shape.in_features, out = shape.out_features, weights = in * out;
+  const KernelTable<T>& kernel = table<T>();
+  T* const outputs = memory;
+  T* const targets = outputs + block_rows * out;
+  T* const gathered = targets + block_rows * out;
+  double loss = 0.0;
+  for (; begin < end; begin += block_rows) {
+    const std::size_t rows = std::min(block_rows, end - begin);
+    const T* x = batch.x + (batch.index ? 0 : begin * batch.x_stride);
+    const T* target = batch.target ? batch.target + (batch.index ? 0 : begin * out) : nullptr;
+    std::size_t x_stride = batch.x_stride;
+    if (batch.index) {
+      for (std::size_t r = 0; r < rows; ++r) {
+        std::copy_n(batch.x + batch.index[begin + r] * batch.x_stride, in, gathered + r * in);
+        if (target) std::copy_n(batch.target + batch.index[begin + r] * out, out, targets + r * out);
+      }
+      x = gathered;
+      x_stride = in;
+      if (target) target = targets;
+    }
+    if (!target) {
+      std::fill_n(targets, rows * out, T(0));
+      target = targets;
+    }
+    Product<T> p{rows, out, in, {x, x_stride, 1}, {parameters, 1, in}};
+    p.packed = packed;
+    p.bias = shape.has_bias ? parameters + weights : nullptr;
+    p.c = outputs;
+    p.c_stride = out;
+    gemm(p);
+    loss += kernel.squared_error_sum(rows * out, outputs, target);
+    kernel.squared_error_gradient(rows * out, outputs, target, T(1), outputs);
+    linear_weight_gradient<T>(rows, in, out, outputs, x, x_stride, true, into, nullptr);
+    if (shape.has_bias) {  // by blocks: fewer additions stand in one chain
+      std::fill_n(targets, out, T(0));
+      kernel.column_sums(rows, out, outputs, targets);
+      for (std::size_t o = 0; o < out; ++o) into[weights + o] += targets[o];
+    }
+  }
+  return loss;
+}
+
+// Many outputs: tasks of rows with gradients of their own where these are small, else blocks of rows one after the other, whose products
+// share the threads.
+template <class T>
+double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient, LinearScratch<T>& scratch,
+                             Interrupt& interrupt) {
+  const std::size_t in = shape.in_features, out = shape.out_features, n = shape.parameters();
+  const bool in_tasks = n <= most_partial;
+  // Rows of a block: with outputs and targets a fourth of L2, or for large layers enough to share out among threads.
+  const std::size_t fitting = cache_sizes().l2 / 4 / ((in + 2 * out) * sizeof(T)) / 8 * 8;
+  const std::size_t block_rows = std::min(batch.rows, in_tasks ? std::clamp<std::size_t>(fitting, 32, 256) : std::size_t{512});
+  const std::size_t memory = block_rows * (2 * out + (batch.index ? in : 0));
+  const std::size_t task_rows = in_tasks ? rows_per_task(in, out, sizeof(T)) : batch.rows;
+  const std::size_t tasks = ceil_divide(batch.rows, task_rows);
+  PackedMatrix<T> packed;  // laid out once for all blocks
+  if (batch.rows > block_rows) packed = PackedMatrix<T>(in, out, {parameters, 1, in});
+  const PackedMatrix<T>* const weights = batch.rows > block_rows ? &packed : nullptr;
+  if (tasks == 1) {
+    scratch.rows.resize(memory);
+    std::fill_n(gradient, n, T(0));
+    const bool long_chain = batch.rows > most_chain;
+    if (long_chain) scratch.sums.assign(n, 0.0);
+    double loss = 0.0;
+    // Large layers look for an interrupt after each block.
+    const std::size_t stretch = in_tasks ? batch.rows : block_rows;
+    for (std::size_t begin = 0, chain = 0; begin < batch.rows && !interrupt.check(); begin += stretch) {
+      const std::size_t end = std::min(batch.rows, begin + stretch);
+      loss += add_rows_gradient(shape, batch, begin, end, block_rows, parameters, weights, gradient, scratch.rows.data());
+      chain += end - begin;
+      if (!long_chain || (chain < most_chain && end < batch.rows)) continue;
+      for (std::size_t i = 0; i < n; ++i) scratch.sums[i] += static_cast<double>(gradient[i]);
+      std::fill_n(gradient, n, T(0));
+      chain = 0;
+    }
+    if (long_chain)
+      for (std::size_t i = 0; i < n; ++i) gradient[i] = static_cast<T>(scratch.sums[i]);
+    return loss;
+  }
+  const int threads = threads_for(cycles_of(batch.rows, in, out));
+  scratch.rows.resize(memory * static_cast<std::size_t>(threads));
+  scratch.partials.assign(tasks * n, T(0));
+  scratch.losses.assign(tasks, 0.0);
+  parallel_for(tasks, threads, [&](std::size_t task, std::size_t worker) {
+    if (interrupt.check()) return;
+    const std::size_t begin = task * task_rows;
+    scratch.losses[task] = add_rows_gradient(shape, batch, begin, std::min(batch.rows, begin + task_rows), block_rows, parameters, weights,
+                                             scratch.partials.data() + task * n, scratch.rows.data() + worker * memory);
+  });
+  if (interrupt.requested()) return 0.0;
+  sum_partials(tasks, n, scratch.partials.data(), false, gradient);
+  double loss = 0.0;
+  for (double part : scratch.losses) loss += part;
+  return loss;
+}
+
+}  // namespace
+
+template <class T>
+double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient,
+                                     LinearScratch<T>& scratch, Interrupt& interrupt) {
+  if (batch.rows == 0) {
+    std::fill_n(gradient, shape.parameters(), T(0));
+    return 0.0;
+  }
+  if (shape.out_features >= few_outputs) return many_outputs_gradient(shape, batch, parameters, gradient, scratch, interrupt);
+  return few_outputs_gradient(shape, batch, parameters, gradient, scratch, interrupt);
+}
+
+template <class T>
+double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, const T* x, std::size_t x_stride, bool has_bias,
+                                 Interrupt& interrupt) {
+  const LinearShape shape{in_features, 1, has_bias};
+  const std::size_t n = shape.parameters();
+  const Batch<T> all{x, x_stride, nullptr, nullptr, rows, 0, true};
+  AlignedVector<T> direction(n), image(n);
+  LinearScratch<T> scratch;
+  // A start without a pattern, which no symmetry of the data makes orthogonal to the wanted direction.
+  fill_uniform(0, 1.0, n, direction.data());
+  constexpr int least_passes = 10;
+  double eigenvalue = 0.0;
+  for (int pass = 0; pass < 300; ++pass) {
+    double norm = 0.0;
+    for (T value : direction) norm += static_cast<double>(value) * static_cast<double>(value);
+    norm = std::sqrt(norm);
+    if (norm == 0.0) return 0.0;
+    for (T& value : direction) value = static_cast<T>(static_cast<double>(value) / norm);
+    linear_squared_error_gradient(shape, all, direction.data(), image.data(), scratch, interrupt);
+    if (interrupt.requested() || interrupt.check()) return std::nan("");
+    double quotient = 0.0;  // Rayleigh: direction . H direction
+    for (std::size_t i = 0; i < n; ++i) quotient += static_cast<double>(direction[i]) * static_cast<double>(image[i]);
+    // Not at once: where the start lies mostly along other directions, the wanted one needs some passes to show.
+    const bool settled = pass >= least_passes && std::abs(quotient - eigenvalue) <= 1e-4 * quotient;
+    eigenvalue = quotient;
+    if (settled || !std::isfinite(quotient)) break;
+    direction.swap(image);
+  }
+  return eigenvalue;
+}
+
+#define GDLIB_INSTANTIATE(T)                                                                                                             \
+  template double linear_squared_error_gradient(const LinearShape&, const Batch<T>&, const T*, T*, LinearScratch<T>&, Interrupt&);        \
+  template double linear_hessian_eigenvalue(std::size_t, std::size_t, const T*, std::size_t, bool, Interrupt&);
+GDLIB_INSTANTIATE(float)
+GDLIB_INSTANTIATE(double)
+#undef GDLIB_INSTANTIATE
+
+}  // namespace gdlib
