@@ -3,6 +3,8 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <condition_variable>
@@ -15,6 +17,7 @@
 #include <system_error>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -94,23 +97,29 @@ class Bed {
     known_ = sched_getaffinity(0, sizeof allowed_, &allowed_) == 0;
 #endif
   }
-  void lie_down_away_from([[maybe_unused]] int cpu) {
+
+  // Called by any thread.
+  void move_away_from([[maybe_unused]] int cpu) {
 #if defined(__linux__)
+    if (!known_ || cpu < 0 || cpu == away_from_) return;
     cpu_set_t others = allowed_;
-    if (known_ && cpu >= 0) CPU_CLR(static_cast<std::size_t>(cpu), &others);
-    away_ = known_ && CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0;
+    CPU_CLR(static_cast<std::size_t>(cpu), &others);
+    if (CPU_COUNT(&others) > 0 && sched_setaffinity(sleeper_, sizeof others, &others) == 0) away_from_ = cpu;
 #endif
   }
+
   void get_up() {
 #if defined(__linux__)
-    if (away_) sched_setaffinity(0, sizeof allowed_, &allowed_);
+    if (away_from_ >= 0 && sched_setaffinity(0, sizeof allowed_, &allowed_) == 0) away_from_ = -1;
 #endif
   }
 
  private:
 #if defined(__linux__)
+  const pid_t sleeper_ = static_cast<pid_t>(syscall(SYS_gettid));
   cpu_set_t allowed_;
-  bool known_ = false, away_ = false;
+  bool known_ = false;
+  int away_from_ = -1;
 #endif
 };
 
@@ -134,7 +143,6 @@ class Team {
     task_ = task;
     count_ = count;
     finished_.store(0, std::memory_order_relaxed);  // published, as the lines above, with the loop's first state
-    caller_cpu_.store(current_cpu(), std::memory_order_relaxed);  // a hint
     announce(state_of(count, threads));
     const std::size_t own = take_tasks(0);
     // Acquires what the others' tasks have written. One that has taken none is not waited for: it finds none left.
@@ -173,23 +181,25 @@ class Team {
     if (sleepers_.load() == 0) return;
     // A thread that is just falling asleep, or waking, is not waited for: it may miss this loop.
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (lock) awake_.notify_all();
+    if (!lock) return;
+    for (Bed* const bed : beds_) bed->move_away_from(current_cpu());
+    awake_.notify_all();
   }
 
   void serve(std::size_t worker) {
     constexpr std::chrono::microseconds rest{200};  // what it spins for the next loop: four times what waking it costs
     in_task = true;
     const auto idle = [&] { return tasks_left(state_.load(), worker) == 0; };
-    for (Bed bed;;) {
+    Bed bed;
+    for (;;) {
       for (Patience patience; idle(); patience.wait()) {
         if (!patience.over(rest)) continue;
-        bed.lie_down_away_from(caller_cpu_.load(std::memory_order_relaxed));
-        {
-          std::unique_lock<std::mutex> lock(mutex_);
-          ++sleepers_;
-          awake_.wait(lock, [&] { return !idle(); });
-          --sleepers_;
-        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        beds_.push_back(&bed);
+        ++sleepers_;
+        awake_.wait(lock, [&] { return !idle(); });
+        --sleepers_;
+        beds_.erase(std::find(beds_.begin(), beds_.end(), &bed));
         bed.get_up();
       }
       finished_.fetch_add(take_tasks(worker), std::memory_order_release);
@@ -220,9 +230,9 @@ class Team {
   alignas(64) std::atomic<std::uint64_t> state_{0};
   alignas(64) std::atomic<std::size_t> finished_{0};  // by the others
   alignas(64) std::atomic<int> sleepers_{0};
-  std::atomic<int> caller_cpu_{-1};
   std::mutex mutex_;
   std::condition_variable awake_;
+  std::vector<Bed*> beds_;  // of the sleepers
 };
 
 // Never destroyed: its threads outlive every static object.
