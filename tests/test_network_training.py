@@ -1,0 +1,195 @@
+"""Training of a Sequential: fit and the readable loop, the same bits on any threads, divergence, interruption."""
+
+import itertools
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import gdlib
+from gdlib import GD, SGD, DivergenceError, Linear, MSELoss, ReLU, Sequential, Sigmoid, Tanh, fit
+from gdlib.training import auto_lr
+from tests.networks import SHAPES, loop, numpy_pass, problem, small
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 2e-4), (np.float64, 1e-10)])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_readable_loop_and_fit_agree(shape, dtype, rtol, options, reduction):
+    readable, native = SHAPES[shape](dtype), SHAPES[shape](dtype)
+    X, y = problem(outputs=native.out_features, dtype=dtype)
+    criterion, lr = MSELoss(reduction), 0.02 if reduction == "mean" else 0.0005
+    losses = loop(readable, X, y, SGD(readable.parameters(), lr, **options), criterion, 15, batch_size=32, shuffle=True, seed=0)
+    history = fit(native, X, y, loss=criterion, optimizer=SGD(native.parameters(), lr, **options), epochs=15, batch_size=32, seed=0)
+    np.testing.assert_allclose(history.loss, losses, rtol=rtol)
+    np.testing.assert_allclose(native._arena.data, readable._arena.data, rtol=rtol, atol=rtol * np.abs(native._arena.data).max())
+    assert history.loss[-1] < history.loss[0]
+    assert not native._arena.grad.any()
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("batch_size", "widths"), [(100, (301, 200, 23)), (1100, (301, 40, 9)), (70, (48, 600, 208, 1))])
+def test_steps_of_wide_layers_and_large_batches(batch_size, widths, momentum, dtype, rtol):
+    """Each block of a weight gradient updates its weights at once, several together; batches above a block of depth add up first."""
+    rng = np.random.default_rng(5)
+    X, y = (rng.standard_normal((1250, width)).astype(dtype) for width in (widths[0], widths[-1]))
+
+    def model():
+        layers = [Linear(*pair, dtype=dtype, seed=0) for pair in itertools.pairwise(widths)]
+        return Sequential(*(layer for linear in layers for layer in (linear, Tanh())))
+
+    readable, native = model(), model()
+    start = native._arena.data.copy()
+    criterion, lr = MSELoss(), 0.5 - 0.5 * momentum
+    loop(readable, X, y, SGD(readable.parameters(), lr, momentum=momentum), criterion, 2, batch_size=batch_size)
+    optimizer = SGD(native.parameters(), lr, momentum=momentum)
+    fit(native, X, y, loss=criterion, optimizer=optimizer, epochs=2, batch_size=batch_size, shuffle=False)
+    way = np.abs(readable._arena.data - start).max()
+    assert way > 1e-3
+    np.testing.assert_allclose(native._arena.data, readable._arena.data, rtol=0, atol=rtol * way * 10)
+
+
+def test_full_batches_of_many_passes():
+    """9000 rows take three native passes: the loss and the step are those of all rows."""
+    X, y = problem(9000)
+    model = small()
+    output, gradients, _ = numpy_pass(model, X, y)
+    start = [parameter.data.copy() for parameter in model.parameters()]
+    history = fit(model, X, y, loss=MSELoss(), optimizer=GD(model.parameters(), lr=0.5), epochs=1)
+    assert history.loss[0] == pytest.approx(((output - y) ** 2).mean(), rel=1e-13)
+    for parameter, before, gradient in zip(model.parameters(), start, gradients, strict=True):
+        np.testing.assert_allclose(parameter.data, before - 0.5 * gradient, rtol=1e-11, atol=1e-13)
+
+
+@pytest.fixture(params=[1, 2, 3, 5, 8])
+def threads(request):
+    before = gdlib._core.num_threads()
+    gdlib.set_num_threads(request.param)
+    yield request.param
+    gdlib.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("rows", "hidden", "batch"), [(9000, 40, 9000), (9000, 7, 5000), (1000, 64, 32)])
+def test_the_same_bits_for_every_thread_count(threads, dtype, rows, hidden, batch):
+    X, y = problem(rows, dtype=dtype)
+
+    def run():
+        model = small(Sigmoid, dtype, hidden=hidden)
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.5)
+        history = fit(model, X, y, loss=MSELoss(), optimizer=optimizer, epochs=2, batch_size=batch, seed=1)
+        return model._arena.data.tobytes(), history.loss, model.predict(X).tobytes()
+
+    got = run()
+    gdlib.set_num_threads(1)
+    assert run() == got
+
+
+def test_a_lone_linear_in_a_sequential_is_that_linear():
+    X, y = problem()
+    alone, wrapped = Linear(5, 2, dtype=np.float64, seed=0), SHAPES["one-linear"](np.float64)
+    for model in (alone, wrapped):
+        fit(model, X, y, loss=MSELoss(), optimizer=SGD(model.parameters(), 0.05, momentum=0.9), epochs=3, seed=0)
+    assert alone._arena.data.tobytes() == wrapped._arena.data.tobytes()
+
+
+def test_groups_and_frozen_layers():
+    X, y = problem()
+    model = small()
+    start = model.state_dict()
+    groups = [{"params": model[0].weight, "weight_decay": 0.5}, {"params": model[2].parameters(), "lr": 0.2, "momentum": 0.9}]
+    readable = small()
+    matching = [{"params": readable[0].weight, "weight_decay": 0.5}, {"params": readable[2].parameters(), "lr": 0.2, "momentum": 0.9}]
+    fit(model, X, y, loss=MSELoss(), optimizer=SGD(groups, lr=0.05), epochs=4, seed=2)
+    loop(readable, X, y, SGD(matching, lr=0.05), MSELoss(), 4, batch_size=32, shuffle=True, seed=2)
+    np.testing.assert_array_equal(model.state_dict()["0.bias"], start["0.bias"])
+    np.testing.assert_allclose(model._arena.data, readable._arena.data, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("activation", [ReLU, Tanh, Sigmoid])
+@pytest.mark.parametrize("lr", [1e4, 1e30])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_divergence_keeps_the_last_finite_parameters(activation, lr, dtype):
+    X, y = problem(dtype=dtype)
+    model = small(activation, dtype)
+    with pytest.raises(DivergenceError, match=r"training diverged: .*smaller lr.* The last finite parameters are kept") as caught:
+        fit(model, X, 10 * y, loss=MSELoss(), optimizer=SGD(model.parameters(), lr=lr), epochs=20, seed=0)
+    assert caught.value.stable_lr is None
+    assert caught.value.lr == lr
+    assert np.isfinite(model._arena.data).all()
+    assert model.training_summary is None
+
+
+def test_infinite_weights_that_an_activation_hides_are_found_at_their_step():
+    """tanh of an infinite number is 1: the loss stays finite. The step that made it infinite is named, and undone."""
+    model = Sequential(Linear(1, 1, dtype=np.float32, seed=0), Tanh(), Linear(1, 1, bias=False, dtype=np.float32, seed=1))
+    model.load_state_dict({"0.weight": [[0.5]], "0.bias": [0], "2.weight": [[1]]})
+    X, y = np.ones((50, 1), np.float32), np.full((50, 1), 3e5, np.float32)
+    groups = [{"params": model[0].parameters(), "lr": 1e36}, {"params": model[2].parameters(), "lr": 1e-30}]
+    with pytest.raises(DivergenceError, match="epoch 1, step 1,"):
+        fit(model, X, y, loss=MSELoss(), optimizer=SGD(groups, lr=1), epochs=3, batch_size=1, shuffle=False)
+    np.testing.assert_array_equal(model[0].weight.data, 0.5)
+
+
+@pytest.mark.parametrize("activation", [ReLU, Tanh, Sigmoid])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_data_are_named_and_nothing_changes(activation, bad):
+    X, y = problem()
+    X[77, 3] = bad
+    model = small(activation)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before = model._arena.data.copy()
+    with pytest.raises(ValueError, match=r"X holds 1 value that is NaN or infinite.*row 77, column 3"):
+        fit(model, X, y, loss=MSELoss(), optimizer=optimizer, epochs=3, seed=0)
+    np.testing.assert_array_equal(model._arena.data, before)
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_auto_lr_is_for_a_linear():
+    X, y = problem()
+    model = small()
+    before = model._arena.data.copy()
+    for call in (
+        lambda: fit(model, X, y, loss=MSELoss(), optimizer=GD(model.parameters(), lr="auto"), epochs=1),
+        lambda: auto_lr(model, X, MSELoss()),
+    ):
+        with pytest.raises(ValueError, match=r"lr='auto' goes by the curvature of a Linear.*give a number"):
+            call()
+    np.testing.assert_array_equal(model._arena.data, before)
+
+
+def test_ctrl_c_ends_a_large_step():
+    """One step of 2 * 10^11 multiply-adds, some seconds: the interrupt is answered inside it, and nothing has changed."""
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((60_000, 1000), dtype=np.float32)
+    model = Sequential(Linear(1000, 1000, seed=0), Tanh(), Linear(1000, 1, seed=1))
+    before = model._arena.data.copy()
+    pressed = []
+
+    def press():
+        pressed.append(time.perf_counter())
+        signal.raise_signal(signal.SIGINT)
+
+    timer = threading.Timer(0.3, press)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, X, X[:, :1], loss=MSELoss(), optimizer=GD(model.parameters(), lr=0.01), epochs=100)
+    # 0.2 s is the aim; a machine shared with others may take longer, but not the whole epoch.
+    assert time.perf_counter() - pressed[0] < 1.0
+    np.testing.assert_array_equal(model._arena.data, before)
+
+
+def test_a_network_learns_what_a_line_cannot():
+    x = np.linspace(-2, 2, 400)[:, None]
+    y = np.abs(x)
+    line, network = Linear(1, 1, seed=0), Sequential(Linear(1, 16, seed=0), ReLU(), Linear(16, 1, seed=1))
+    losses = [
+        fit(model, x, y, loss=MSELoss(), optimizer=SGD(model.parameters(), lr=0.05, momentum=0.9), epochs=100, seed=0).loss[-1]
+        for model in (line, network)
+    ]
+    assert losses[0] > 0.3
+    assert losses[1] < 1e-3
