@@ -61,6 +61,7 @@ int parse_threads(const char* text) {
 
 thread_local bool in_task = false;  // loops inside a task run on its thread
 thread_local bool alone = false;    // and those of a run that a StepPacer has told so
+thread_local bool shared = false;   // whether a loop has been shared since the StepPacer's last look
 
 // Waits, at first without leaving the core, for a loop that begins or ends within microseconds, then with a chance for others, whose task
 // may be what it waits for.
@@ -269,7 +270,7 @@ void parallel_for(std::size_t count, int threads, Visitor<std::size_t, std::size
     for (std::size_t i = 0; i < count; ++i) task(i, 0);
   };
   if (threads <= 1) return run_all();
-  in_task = true;
+  in_task = shared = true;
   if (!the_team().run(count, threads, task)) run_all();
   in_task = false;
 }
@@ -287,6 +288,7 @@ StepPacer::Trials& StepPacer::kept() {
 }
 
 void StepPacer::step_done() {
+  if (!alone && !std::exchange(shared, false)) return;  // steps that share nothing need no look at the clock
   constexpr std::chrono::microseconds warm_up{50}, window{200}, longest_step{400};
   const auto now = Clock::now();
   const Clock::duration taken = now - begin_;

@@ -14,13 +14,14 @@ bool sgd_update_with(const SgdUpdate<T>& u) {
   const Vector<T> lr = broadcast(-options.lr);
   const Vector<T> momentum = broadcast(options.momentum);
   const Vector<T> fresh = broadcast(T(1) - options.dampening);
-  Vector<T> zeros = zero<T>();  // NaN from the first parameter that is not finite: 0 times it
+  // 0 times each updated parameter: NaN from the first that is not finite on. Two chains, so that an addition is not waited for.
+  Vector<T> zeros[2] = {zero<T>(), zero<T>()};
   for (size_t r = 0; r < u.rows; ++r) {
     const T* const gradient = u.gradient + r * u.gradient_stride;
     T* const parameter = u.parameter + r * u.stride;
     T* const buffer = HasMomentum ? u.momentum + r * u.stride : nullptr;
-    for (size_t i = 0; i < u.cols; i += lanes<T>) {
-      const size_t count = u.cols - i;
+    // The vector from i on, whole or up to the row's end.
+    const auto update = [&](size_t i, size_t count, int chain) __attribute__((always_inline)) {
       const Vector<T> p = load_up_to(parameter + i, count);
       Vector<T> d = fma(decay, p, scale * load_up_to(gradient + i, count));
       if constexpr (HasMomentum) {
@@ -30,10 +31,17 @@ bool sgd_update_with(const SgdUpdate<T>& u) {
       }
       const Vector<T> updated = fma(lr, d, p);
       store_up_to(parameter + i, updated, count);
-      zeros = fma(zero<T>(), updated, zeros);
+      zeros[chain] = fma(zero<T>(), updated, zeros[chain]);
+    };
+    constexpr size_t w = lanes<T>;
+    size_t i = 0;
+    for (; i + 2 * w <= u.cols; i += 2 * w) {
+      update(i, w, 0);
+      update(i + w, w, 1);
     }
+    for (; i < u.cols; i += w) update(i, u.cols - i, 0);
   }
-  return sum_lanes<T>(zeros) == T(0);
+  return sum_lanes<T>(zeros[0] + zeros[1]) == T(0);
 }
 
 template <class T>
