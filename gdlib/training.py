@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BATCH_SIZE = 32
 SAMPLE_ROWS = 4096  # for estimates: enough to see a factor of 100
+FIRST_LOOK_ROWS = 256  # at what the last update left: an explosion shows in many rows
 
 
 def explosion_factor(momentum: float) -> float:
@@ -237,8 +238,7 @@ class Run:
         """The same for the last update, which no loss of the run has seen: on a sample first, on all rows where that looks bad."""
         if not self.loss_limit() > 0.0:
             return
-        # An explosion shows in nearly every row. The look costs less than 1/128 of the run, or a look at 16 rows.
-        stride = -(-self.rows // min(max(16, self.rows * self.epochs // 256), 256))
+        stride = -(-self.rows // FIRST_LOOK_ROWS)
         reached = self._error(self.X[::stride], np.ascontiguousarray(self.y[::stride]), self.arena.data)
         if np.isfinite(reached) and reached <= self.loss_limit():
             return

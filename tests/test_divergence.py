@@ -169,6 +169,16 @@ def test_the_last_update_is_looked_at_too():
         assert caught.value.step == 1
 
 
+@pytest.mark.parametrize("quiet", [lambda rows: rows % 16 == 0, lambda rows: rows % 10 != 3], ids=["every-16th", "9-of-10"])
+def test_the_last_update_is_looked_at_in_many_rows(quiet):
+    """Rows of zeros do not show what the weights have become."""
+    X = np.ones((256, 3))
+    X[quiet(np.arange(256))] = 0
+    model = Linear(3, 1, bias=False, dtype=np.float64, seed=0)
+    with pytest.raises(DivergenceError, match="the last update took the loss to"):
+        fit(model, X, X[:, :1] * 2 + 1, loss=MSELoss(), optimizer=GD(model.parameters(), lr=1e4), epochs=1)
+
+
 def test_a_large_mean_does_not_hide_an_explosion():
     X, y = problem()
     model = Linear(10, 1, dtype=np.float64, seed=0)

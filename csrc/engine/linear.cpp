@@ -67,7 +67,7 @@ template <class T>
 bool linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* x, std::size_t x_stride,
                     const T* weight, const T* bias, T* y, Activation activation, bool check, const PackedMatrix<T>* packed) {
   const KernelTable<T>& kernel = table<T>();
-  std::atomic<bool> finite{true};  // relaxed: a flag alone, which the threads' barrier publishes
+  std::atomic<bool> finite{true};  // relaxed: a flag alone, which the loop's end publishes
   const auto finish = [&](const Block<T>& block) {
     if (check) {
       const bool whole = block.cols == out_features;

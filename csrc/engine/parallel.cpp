@@ -11,13 +11,15 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
+#include <limits>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 #include <thread>
 #include <utility>
-#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -63,6 +65,12 @@ thread_local bool in_task = false;  // loops inside a task run on its thread
 thread_local bool alone = false;    // and those of a run that a StepPacer has told so
 thread_local bool shared = false;   // whether a loop has been shared since the StepPacer's last look
 
+// For the time of a loop on its calling thread.
+struct InTask {
+  InTask() { in_task = true; }
+  ~InTask() { in_task = false; }
+};
+
 // Waits, at first without leaving the core, for a loop that begins or ends within microseconds, then with a chance for others, whose task
 // may be what it waits for.
 class Patience {
@@ -89,46 +97,51 @@ class Patience {
   std::chrono::steady_clock::time_point since_;
 };
 
-// The CPUs of a thread that sleeps. It must not wake on its caller's, where it would wait behind it: the kernel wakes a thread where it ran
-// last, and may take milliseconds to see that another CPU is idle.
+// Where a thread of the team sleeps. It must not wake on its caller's CPU, where it would wait behind it: the kernel wakes a thread where it
+// ran last, and may take milliseconds to see that another CPU is idle.
 class Bed {
  public:
-  Bed() {
-#if defined(__linux__)
-    known_ = sched_getaffinity(0, sizeof allowed_, &allowed_) == 0;
-#endif
-  }
+  explicit Bed(std::size_t worker) : worker_(worker) {}
 
-  // Called by any thread.
-  void move_away_from([[maybe_unused]] int cpu) {
+  std::size_t worker() const { return worker_; }
+
+  void sleep(std::unique_lock<std::mutex>& lock) { awake_.wait(lock); }
+
+  // Called by another thread.
+  void wake() {
 #if defined(__linux__)
-    if (!known_ || cpu < 0 || cpu == away_from_) return;
-    cpu_set_t others = allowed_;
-    CPU_CLR(static_cast<std::size_t>(cpu), &others);
-    if (CPU_COUNT(&others) > 0 && sched_setaffinity(sleeper_, sizeof others, &others) == 0) away_from_ = cpu;
+    const int cpu = sched_getcpu();
+    if (cpu >= 0 && !moved_ && sched_getaffinity(sleeper_, sizeof allowed_, &allowed_) == 0) {
+      cpu_set_t others = allowed_;
+      CPU_CLR(static_cast<std::size_t>(cpu), &others);
+      moved_ = CPU_COUNT(&others) > 0 && sched_setaffinity(sleeper_, sizeof others, &others) == 0;
+    }
 #endif
+    awake_.notify_one();
   }
 
   void get_up() {
 #if defined(__linux__)
-    if (away_from_ >= 0 && sched_setaffinity(0, sizeof allowed_, &allowed_) == 0) away_from_ = -1;
+    if (moved_) sched_setaffinity(0, sizeof allowed_, &allowed_);
+    moved_ = false;
 #endif
   }
 
  private:
+  const std::size_t worker_;
+  std::condition_variable awake_;
 #if defined(__linux__)
   const pid_t sleeper_ = static_cast<pid_t>(syscall(SYS_gettid));
-  cpu_set_t allowed_;
-  bool known_ = false;
-  int away_from_ = -1;
+  cpu_set_t allowed_;  // where it may run: restored as soon as it does
+  bool moved_ = false;
 #endif
 };
 
-int current_cpu() {
+// Lets the calling thread, and those that it starts, run where the process's first thread may.
+[[maybe_unused]] void take_cpus_of_process() {
 #if defined(__linux__)
-  return sched_getcpu();
-#else
-  return -1;
+  cpu_set_t cpus;
+  if (sched_getaffinity(getpid(), sizeof cpus, &cpus) == 0) sched_setaffinity(0, sizeof cpus, &cpus);
 #endif
 }
 
@@ -137,18 +150,22 @@ int current_cpu() {
 // which takes milliseconds where one has lost its core to a thread of another library that spins.
 class Team {
  public:
-  // Runs the loop, unless it is at work for another caller.
+  // Runs the loop, unless it is at work for another caller. Throws what a task has thrown, once all are finished.
   bool run(std::size_t count, int threads, Visitor<std::size_t, std::size_t> task) {
     if (busy_.exchange(true, std::memory_order_acquire)) return false;
     start(threads - 1);
     task_ = task;
     count_ = count;
     finished_.store(0, std::memory_order_relaxed);  // published, as the lines above, with the loop's first state
-    announce(state_of(count, threads));
-    const std::size_t own = take_tasks(0);
+    // Sequentially consistent, as a sleeper's place and its look at the state are: one of the two sees the other.
+    state_.store(state_of(count, threads));
+    const std::size_t own = take_tasks(0, [&] { wake(static_cast<std::size_t>(threads)); });
     // Acquires what the others' tasks have written. One that has taken none is not waited for: it finds none left.
     for (Patience patience; finished_.load(std::memory_order_acquire) != count - own;) patience.wait();
+    const std::exception_ptr failure = std::exchange(failure_, nullptr);
+    failed_.store(false, std::memory_order_relaxed);
     busy_.store(false, std::memory_order_release);
+    if (failure) std::rethrow_exception(failure);
     return true;
   }
 
@@ -163,58 +180,74 @@ class Team {
   void start(int wanted) {
     if (wanted <= workers_) return;
 #if defined(_OPENMP)
-    const int first = workers_ + 1, more = wanted - workers_;
+    // Where OpenMP binds threads to places, thread 0 of a region is where the process's first thread is: it stays idle, as do those whose
+    // places earlier regions have taken. Elsewhere all run where the process may: they are born with the CPUs of this caller.
     try {
-      std::thread([this, first, more] {
-#pragma omp parallel num_threads(more)
-        serve(static_cast<std::size_t>(first + omp_get_thread_num()));
+      std::thread([this, first = workers_ + 1, wanted] {
+        if (omp_get_proc_bind() == omp_proc_bind_false) take_cpus_of_process();
+#pragma omp parallel num_threads(wanted + 1)
+        if (omp_get_thread_num() >= first)
+          serve(static_cast<std::size_t>(omp_get_thread_num()));
+        else
+          for (;;) pause();
       }).detach();
     } catch (const std::system_error&) {
-      // The system has no more threads: those that are there will do.
+      return;  // the system has no more threads now: those that are there will do
     }
 #endif
     workers_ = wanted;
   }
 
-  void announce(std::uint64_t state) {
-    // Sequentially consistent, as a sleeper's count and its look at the state are: one of the two sees the other.
-    state_.store(state);
-    if (sleepers_.load() == 0) return;
-    // A thread that is just falling asleep, or waking, is not waited for: it may miss this loop.
+  // Wakes sleepers that may take tasks. One that is just falling asleep, or waking, is not waited for: the caller comes again before its
+  // next task.
+  void wake(std::size_t threads) {
+    if (first_sleeper_.load() >= threads) return;
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return;
-    for (Bed* const bed : beds_) bed->move_away_from(current_cpu());
-    awake_.notify_all();
+    while (!beds_.empty() && beds_.begin()->first < threads) {
+      beds_.begin()->second->wake();
+      beds_.erase(beds_.begin());
+    }
+    first_sleeper_.store(beds_.empty() ? nobody : beds_.begin()->first);
   }
 
   void serve(std::size_t worker) {
     constexpr std::chrono::microseconds rest{200};  // what it spins for the next loop: four times what waking it costs
     in_task = true;
     const auto idle = [&] { return tasks_left(state_.load(), worker) == 0; };
-    Bed bed;
+    Bed bed(worker);
     for (;;) {
       for (Patience patience; idle(); patience.wait()) {
         if (!patience.over(rest)) continue;
         std::unique_lock<std::mutex> lock(mutex_);
-        beds_.push_back(&bed);
-        ++sleepers_;
-        awake_.wait(lock, [&] { return !idle(); });
-        --sleepers_;
-        beds_.erase(std::find(beds_.begin(), beds_.end(), &bed));
+        beds_[worker] = &bed;
+        first_sleeper_.store(beds_.begin()->first);
+        if (idle()) bed.sleep(lock);
+        beds_.erase(worker);
+        first_sleeper_.store(beds_.empty() ? nobody : beds_.begin()->first);
         bed.get_up();
+        patience = Patience();
       }
-      finished_.fetch_add(take_tasks(worker), std::memory_order_release);
+      const std::size_t taken = take_tasks(worker, [] {});
+      finished_.fetch_add(taken, std::memory_order_release);
     }
   }
 
   // Returns how many it has run. Whatever loop a task is taken from by the exchange is the one that runs, and its fields, which the exchange
-  // acquires, stay until that task is finished.
-  std::size_t take_tasks(std::size_t worker) {
+  // acquires, stay until that task is finished. `before` is called before each.
+  template <class Before>
+  std::size_t take_tasks(std::size_t worker, const Before& before) {
     std::size_t taken = 0;
     std::uint64_t state = state_.load(std::memory_order_relaxed);
-    while (const std::size_t left = tasks_left(state, worker)) {
+    while (tasks_left(state, worker)) {
+      before();
+      const std::size_t left = tasks_left(state, worker);
       if (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acquire, std::memory_order_relaxed)) continue;
-      task_(count_ - left, worker);
+      try {
+        task_(count_ - left, worker);
+      } catch (...) {
+        if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();  // published with the task's end
+      }
       ++taken;
       state = state_.load(std::memory_order_relaxed);
     }
@@ -227,13 +260,15 @@ class Team {
   // The loop that runs.
   std::size_t count_ = 0;
   Visitor<std::size_t, std::size_t> task_;
+  std::atomic<bool> failed_{false};
+  std::exception_ptr failure_;  // of whoever has set the flag
   // On lines of their own: threads that wait read one, those that finish write the other.
   alignas(64) std::atomic<std::uint64_t> state_{0};
   alignas(64) std::atomic<std::size_t> finished_{0};  // by the others
-  alignas(64) std::atomic<int> sleepers_{0};
+  static constexpr std::size_t nobody = std::numeric_limits<std::size_t>::max();
+  alignas(64) std::atomic<std::size_t> first_sleeper_{nobody};
   std::mutex mutex_;
-  std::condition_variable awake_;
-  std::vector<Bed*> beds_;  // of the sleepers
+  std::map<std::size_t, Bed*> beds_;  // of the sleepers that nobody has woken, by worker
 };
 
 // Never destroyed: its threads outlive every static object.
@@ -270,9 +305,9 @@ void parallel_for(std::size_t count, int threads, Visitor<std::size_t, std::size
     for (std::size_t i = 0; i < count; ++i) task(i, 0);
   };
   if (threads <= 1) return run_all();
-  in_task = shared = true;
+  shared = true;
+  const InTask inside;
   if (!the_team().run(count, threads, task)) run_all();
-  in_task = false;
 }
 
 StepPacer::StepPacer(double step_cycles) : trials_(kept()), begin_(Clock::now()) {

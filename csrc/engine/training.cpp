@@ -68,7 +68,7 @@ class StepUpdate {
     }
   }
 
-  // Once every segment has been visited. The threads' barrier has published what they found.
+  // Once every segment has been visited. The end of their loop has published what threads found.
   bool finite() const { return finite_.load(std::memory_order_relaxed); }
 
  private:

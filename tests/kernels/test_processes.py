@@ -141,6 +141,55 @@ def test_threads_may_be_set_during_a_call():
     subprocess.run([sys.executable, "-c", THREADS_DURING_A_CALL], check=True, timeout=120)
 
 
+CPUS_OF_THREADS = """
+import os
+import threading
+import time
+import numpy as np
+from gdlib import _core
+
+x = np.ones((256, 256), np.float32)
+
+def compute():
+    for _ in range(20):
+        _core.linear_forward(x, x, None)
+    time.sleep(0.01)  # the team falls asleep
+    for _ in range(20):
+        _core.linear_forward(x, x, None)
+
+def cpus_of_others():
+    tasks = {int(task) for task in os.listdir("/proc/self/task")} - {os.getpid()}
+    return [os.sched_getaffinity(task) for task in tasks]
+
+def pinned():
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    compute()
+
+everywhere = os.sched_getaffinity(0)
+_core.set_num_threads(3)
+first = threading.Thread(target=pinned)
+first.start()
+first.join()
+compute()
+deadline = time.monotonic() + 60
+while any(cpus != everywhere for cpus in cpus_of_others()):  # one that wakes is elsewhere for a moment
+    assert time.monotonic() < deadline, cpus_of_others()
+
+# From outside, as taskset does.
+one = {max(everywhere)}
+for task in os.listdir("/proc/self/task"):
+    os.sched_setaffinity(int(task), one)
+compute()
+time.sleep(0.01)
+assert all(cpus == one for cpus in cpus_of_others()), cpus_of_others()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="CPUs are assigned through Linux's calls")
+def test_threads_run_where_the_process_may():
+    subprocess.run([sys.executable, "-c", CPUS_OF_THREADS], check=True, timeout=120)
+
+
 DAEMON_AT_EXIT = """
 import threading
 import time

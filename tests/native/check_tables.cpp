@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <limits>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -24,7 +25,7 @@ int passed = 0, failed = 0;
 
 void expect(bool good, const std::string& what) {
   ++(good ? passed : failed);
-  if (!good) std::printf("failed: %s on %s\n", what.c_str(), gdlib::kernels().isa);
+  if (!good) std::printf("failed: %s, on %s\n", what.c_str(), gdlib::kernels().isa);
 }
 
 template <class T>
@@ -339,6 +340,20 @@ void check_loops(int threads) {
   other.join();
   expect(other_good, name + " of that other caller");
 
+  bool thrown = false;
+  for (int loop = 0; loop < 20; ++loop) {
+    std::atomic<int> tasks{0};
+    try {
+      gdlib::parallel_for(10, threads, [&](std::size_t i, std::size_t) {
+        ++tasks;
+        if (i % 3 == 1) throw std::bad_alloc();
+      });
+    } catch (const std::bad_alloc&) {
+      thrown = tasks == 10;
+    }
+  }
+  expect(thrown && run_loops(threads), name + " after one that throws");
+
   // Short steps are tried both ways.
   bool good = true, shared = false, alone = false;
   {
@@ -383,7 +398,8 @@ void check_all() {
 
 int main() {
   gdlib::initialize_threads();
-  for (const int threads : {2, 3, 8, 2}) check_loops(threads);
+  if (gdlib::openmp_enabled())
+    for (const int threads : {2, 3, 8, 2}) check_loops(threads);
   std::vector<gdlib::AlignedVector<std::uint32_t>> orders;
   for (const std::string& isa : gdlib::available_isas()) {
     gdlib::select_isa(isa);
