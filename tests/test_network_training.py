@@ -65,14 +65,6 @@ def test_full_batches_of_many_passes():
         np.testing.assert_allclose(parameter.data, before - 0.5 * gradient, rtol=1e-11, atol=1e-13)
 
 
-@pytest.fixture(params=[1, 2, 3, 5, 8])
-def threads(request):
-    before = gdlib._core.num_threads()
-    gdlib.set_num_threads(request.param)
-    yield request.param
-    gdlib.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("rows", "hidden", "batch"), [(9000, 40, 9000), (9000, 7, 5000), (1000, 64, 32)])
 def test_the_same_bits_for_every_thread_count(threads, dtype, rows, hidden, batch):

@@ -14,14 +14,6 @@ from gdlib.training import auto_lr
 from tests.lines import problem, run
 
 
-@pytest.fixture(params=[1, 2, 3, 5, 8])
-def threads(request):
-    before = gdlib._core.num_threads()
-    gdlib.set_num_threads(request.param)
-    yield request.param
-    gdlib.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 1e-5), (np.float64, 1e-12)])
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}])
 @pytest.mark.parametrize("outputs", [1, 3, 9])

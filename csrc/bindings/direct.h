@@ -1,5 +1,5 @@
 // Functions of positional arguments with CPython's own calling convention, for calls as short as a step of the readable loop: pybind11 takes
-// 0.1 us to hand over their arguments, as much as the arithmetic does.
+// 25 to 75 ns more to hand over their arguments.
 #pragma once
 
 #include <array>

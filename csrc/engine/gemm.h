@@ -11,6 +11,8 @@
 
 namespace gdlib {
 
+inline std::size_t ceil_divide(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
+
 // A matrix as it lies in memory. One of the strides is 1.
 template <class T>
 struct MatrixView {

@@ -2,12 +2,9 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 
 #include "../kernels/kernels.h"
-#include "aligned.h"
 #include "gemm.h"
-#include "parallel.h"
 
 namespace gdlib {
 

@@ -221,13 +221,14 @@ class Pass {
   }
 
   static std::size_t task_rows(std::size_t cols) { return std::max<std::size_t>(1, elements_per_task / cols); }
-  std::size_t task_count(std::size_t cols) const { return (rows_ + task_rows(cols) - 1) / task_rows(cols); }
+  std::size_t task_count(std::size_t cols) const { return ceil_divide(rows_, task_rows(cols)); }
 
   // body(begin, rows, task): elementwise work on rows of `cols`, on all threads.
   template <class Body>
   void in_tasks(std::size_t cols, const Body& body) {
     const std::size_t step = task_rows(cols);
-    parallel_for(task_count(cols), thread_count(), [&](std::size_t task, std::size_t) {
+    const double cycles = static_cast<double>(rows_) * static_cast<double>(cols);  // one or two for each element
+    parallel_for(task_count(cols), threads_for(cycles), [&](std::size_t task, std::size_t) {
       body(task * step, std::min(step, rows_ - task * step), task);
     });
   }

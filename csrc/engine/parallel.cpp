@@ -101,10 +101,6 @@ class Patience {
 // ran last, and may take milliseconds to see that another CPU is idle.
 class Bed {
  public:
-  explicit Bed(std::size_t worker) : worker_(worker) {}
-
-  std::size_t worker() const { return worker_; }
-
   void sleep(std::unique_lock<std::mutex>& lock) { awake_.wait(lock); }
 
   // Called by another thread.
@@ -128,7 +124,6 @@ class Bed {
   }
 
  private:
-  const std::size_t worker_;
   std::condition_variable awake_;
 #if defined(__linux__)
   const pid_t sleeper_ = static_cast<pid_t>(syscall(SYS_gettid));
@@ -215,7 +210,7 @@ class Team {
     constexpr std::chrono::microseconds rest{200};  // what it spins for the next loop: four times what waking it costs
     in_task = true;
     const auto idle = [&] { return tasks_left(state_.load(), worker) == 0; };
-    Bed bed(worker);
+    Bed bed;
     for (;;) {
       for (Patience patience; idle(); patience.wait()) {
         if (!patience.over(rest)) continue;
@@ -279,7 +274,7 @@ Team& the_team() {
 
 // What sharing a loop costs, in cycles of a thread (at 4 GHz).
 constexpr double cost_of_sharing = 2'000;   // a thread that spins takes part within 0.5 us
-constexpr double cost_of_waking = 100'000;  // 25 us until one that sleeps does
+constexpr double cost_of_waking = 100'000;  // half of the 50 us until one that sleeps does: the caller works meanwhile
 
 // Whether the team's threads may be awake still. Who asks again soon has them woken.
 bool awake() {
@@ -312,7 +307,7 @@ void parallel_for(std::size_t count, int threads, Visitor<std::size_t, std::size
 
 StepPacer::StepPacer(double step_cycles) : trials_(kept()), begin_(Clock::now()) {
   if (trials_.step_cycles != step_cycles) trials_ = {step_cycles};
-  enter(trials_.phase, trials_.alone);
+  enter(trials_.phase);
 }
 
 StepPacer::~StepPacer() { alone = false; }
@@ -332,7 +327,8 @@ void StepPacer::step_done() {
   if (warming_up_) {
     warming_up_ = false;
   } else if (steps_ == 1) {
-    enter(Phase::settled, false);
+    trials_.pays = true;
+    enter(Phase::settled);
   } else {
     end_window(steps_ / std::chrono::duration<double>(taken).count());
   }
@@ -345,23 +341,23 @@ void StepPacer::end_window(double steps_per_second) {
   constexpr int least = 10, most = 1000;
   Trials& t = trials_;
   if (t.phase == Phase::settled) {
-    if (--t.windows_left <= 0) enter(Phase::trying_shared, false);
+    if (--t.windows_left <= 0) enter(Phase::trying_shared);
   } else if (t.phase == Phase::trying_shared) {
     t.shared_rate = steps_per_second;
-    enter(Phase::trying_alone, true);
+    enter(Phase::trying_alone);
   } else {
     const bool pays = t.shared_rate >= steps_per_second;
     t.windows_to_keep = pays == t.pays ? std::clamp(2 * t.windows_to_keep, least, most) : least;
     t.windows_left = t.windows_to_keep;
     t.pays = pays;
-    enter(Phase::settled, !pays);
+    enter(Phase::settled);
   }
 }
 
-void StepPacer::enter(Phase phase, bool work_alone) {
+void StepPacer::enter(Phase phase) {
   warming_up_ = phase != trials_.phase || phase != Phase::settled;  // caches change hands, a thread may have to wake
   trials_.phase = phase;
-  trials_.alone = alone = work_alone;
+  alone = phase == Phase::trying_alone || (phase == Phase::settled && !trials_.pays);
 }
 
 void initialize_threads() {

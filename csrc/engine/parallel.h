@@ -96,15 +96,14 @@ class StepPacer {
   struct Trials {
     double step_cycles = 0.0;
     Phase phase = Phase::settled;
-    bool alone = false;
-    bool pays = true;
+    bool pays = true;  // to share
     double shared_rate = 0.0;  // steps per second
     int windows_left = 0, windows_to_keep = 0;
   };
 
   static Trials& kept();
   void end_window(double steps_per_second);
-  void enter(Phase phase, bool work_alone);
+  void enter(Phase phase);
 
   Trials& trials_;
   Clock::time_point begin_;  // of the window, or of the time before it

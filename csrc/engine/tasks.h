@@ -24,8 +24,6 @@ inline std::size_t rows_per_task(std::size_t in_features, std::size_t out_featur
 // Gradients of at most so many elements are computed by each task for itself, and added: 256 KiB in float32 stay in L2 next to the rows.
 constexpr std::size_t most_partial = 1 << 16;
 
-inline std::size_t ceil_divide(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
-
 // Roughly, of one thread: what is read from L2 or memory takes longer than 8 multiply-adds a cycle.
 inline double cycles_of(std::size_t rows, std::size_t in_features, std::size_t out_features) {
   return static_cast<double>(rows) * static_cast<double>(in_features) * static_cast<double>(out_features) / 8.0;
