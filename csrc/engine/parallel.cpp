@@ -63,6 +63,7 @@ int parse_threads(const char* text) {
 
 thread_local bool in_task = false;  // loops inside a task run on its thread
 thread_local bool alone = false;    // and those of a run that a StepPacer has told so
+thread_local bool paced = false;    // whether a StepPacer tries if sharing pays
 thread_local bool shared = false;   // whether a loop has been shared since the StepPacer's last look
 
 // For the time of a loop on its calling thread.
@@ -274,6 +275,9 @@ Team& the_team() {
 
 // What sharing a loop costs, in cycles of a thread (at 4 GHz).
 constexpr double cost_of_sharing = 2'000;   // a thread that spins takes part within 0.5 us
+// The same where nobody finds out what it costs on these cores, two that share no cache at the worst: there 9 us of work took 20, 12 took 14,
+// and from 18 on two threads are faster.
+constexpr double cost_of_sharing_untried = 15'000;
 constexpr double cost_of_waking = 100'000;  // half of the 50 us until one that sleeps does: the caller works meanwhile
 
 // Whether the team's threads may be awake still. Who asks again soon has them woken.
@@ -290,7 +294,7 @@ bool awake() {
 int threads_for(double cycles) {
   constexpr double least = 4.0;  // times what it costs
   const int threads = thread_count();
-  if (threads == 1 || cycles < least * cost_of_sharing) return 1;
+  if (threads == 1 || cycles < least * (paced ? cost_of_sharing : cost_of_sharing_untried)) return 1;
   return cycles >= least * cost_of_waking || awake() ? threads : 1;
 }
 
@@ -307,10 +311,11 @@ void parallel_for(std::size_t count, int threads, Visitor<std::size_t, std::size
 
 StepPacer::StepPacer(double step_cycles) : trials_(kept()), begin_(Clock::now()) {
   if (trials_.step_cycles != step_cycles) trials_ = {step_cycles};
+  paced = true;
   enter(trials_.phase);
 }
 
-StepPacer::~StepPacer() { alone = false; }
+StepPacer::~StepPacer() { alone = paced = false; }
 
 StepPacer::Trials& StepPacer::kept() {
   static thread_local Trials trials;
