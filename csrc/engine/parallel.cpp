@@ -275,7 +275,7 @@ Team& the_team() {
 
 // What sharing a loop costs, in cycles of a thread (at 4 GHz).
 constexpr double cost_of_sharing = 2'000;   // a thread that spins takes part within 0.5 us
-// The same where nobody finds out what it costs on these cores, two that share no cache at the worst: there 9 us of work took 20, 12 took 14,
+// The same where nobody finds out what it costs on these cores, two that share no cache at the worst: there 9 us of work took 21, 12 took 17,
 // and from 18 on two threads are faster.
 constexpr double cost_of_sharing_untried = 15'000;
 constexpr double cost_of_waking = 100'000;  // half of the 50 us until one that sleeps does: the caller works meanwhile
