@@ -51,6 +51,24 @@ FMA peak of {machine.plural(machine.THREADS)}, for 13-64-64-1 of one.
 """
 THREADS_NOTE = """The limit is the FMA peak, for the largest descent the read bandwidth: what the machine itself gains by its threads.
 """
+LIMITS_NOTE = """What keeps the rows marked "no" from their aims, and what was tried; the figures come from separate runs of the single works.
+
+- Gradient descent, share of the bandwidth: a core waits for memory while it folds the 64 KB of rows that it has just read, from its L2 cache.
+  One core alone reads 36 of 43 GB/s at 100 features, 35 at 1,000. Tried: prefetch to L1, L2 and past the caches (the last is used, +3 %);
+  the next block's prefetch split between the two passes (25-28 GB/s against 36); 4, 8 and 16 rows fused into one pass (35 at best); the
+  dot product of one row fused with the gradient of the row before (20). Without any prefetch, -20 %.
+- Gradient descent beside NumPy: NumPy reads X twice and reaches 45 to 60 % of the bandwidth with that, so that one pass at the full
+  bandwidth would be 1.7 to 2.2 times as fast; 3 times cannot be had. The same holds for PyTorch where memory is slow for one core.
+- 2048^3: alone, products reach 92 to 95 % of the FMA peak; the weight gradient 86 %, because its columns lie a power of two apart and
+  are copied before they are used. Tried for it: strips of 8 to 32 tiles (2 % either way), prefetch of the result (no change), panels in
+  pairs instead of fours (+1 % on one thread, -10 % on two).
+- The least of products, networks and threads: works of some 10 us to 1 ms whose second core is taken away for milliseconds now and then.
+  The least of 34 products moves between 0.8 and 0.95 from run to run, each time with another product; a row of 4096 weights is bound
+  by memory on both sides. Tried: a team of threads that is not waited for (used), longer rests between contenders, other block sizes.
+- One machine is not another: on a Zen 4 with a third of the bandwidth (12 GB/s for one core) and half of the FMA peak the same code is
+  12x scikit-learn, 6.9x JAX and 2,800x PyTorch in the reference program, 5.4x and 7.4x scikit-learn in SGD epochs, which memory then bounds
+  (73 % of one core's bandwidth), 1.15x BLAS in products and 1.24x in networks.
+"""
 SCALING_NOTE = """The exponent is the slope of the straight line through the logarithms of cost and size: 1 is proportional, -1 for threads.
 Few threads give few points, which a line meets exactly: no R^2. Sizes begin where the work is more than the call.
 """
@@ -80,6 +98,7 @@ def page(results: Results, products: str, load: float, picture: str) -> str:
                 show("roofline-float32", "Roofline, float32"),
                 show("roofline-float64", "Roofline, float64"),
             ),
+            part("Limits", LIMITS_NOTE),
             part("The reference program", show("reference", "Reference program"), each(reference.GROUPS)),
             part("Single calls", topic_table("Linear(10, 1)", calls.GROUPS, results), CALLS_NOTE),
             part("Gradient descent", show("gradient-descent", "Gradient descent"), each(descent.GROUPS)),
