@@ -51,9 +51,9 @@ FMA peak of {machine.plural(machine.THREADS)}, for 13-64-64-1 of one.
 """
 THREADS_NOTE = """The limit is the FMA peak, for the largest descent the read bandwidth: what the machine itself gains by its threads.
 """
-LIMITS_NOTE = """What keeps the rows marked "no" from their aims, and what was tried; the figures come from separate runs of the single works.
+LIMITS_NOTE = """What keeps the rows marked "no" from their aims, and what was tried; the figures come from runs of the single works.
 
-- Gradient descent, share of the bandwidth: a core waits for memory while it folds the 64 KB of rows that it has just read, from its L2 cache.
+- Gradient descent, share of the bandwidth: a core waits for memory while it folds the 64 KB of rows that it has just read from its L2.
   One core alone reads 36 of 43 GB/s at 100 features, 35 at 1,000. Tried: prefetch to L1, L2 and past the caches (the last is used, +3 %);
   the next block's prefetch split between the two passes (25-28 GB/s against 36); 4, 8 and 16 rows fused into one pass (35 at best); the
   dot product of one row fused with the gradient of the row before (20). Without any prefetch, -20 %.
