@@ -1,193 +1,227 @@
-"""The Open Inference Protocol v2 over HTTP, as a WSGI application: routes, statuses and error texts.
+"""The Open Inference Protocol v2 over HTTP, as a WSGI application: routes, rights, statuses and error texts.
 
 Any WSGI server can run it. A route is chosen by path and method alone: widely used clients send neither Content-Type nor Accept.
-Every answer is JSON. An error is {"error": "<one sentence>"}, and what is unexpected is logged and answered with a fixed text.
+An error is {"error": "<one sentence>"}, and what is unexpected is logged and answered with a fixed text.
 
-Source: Open Inference Protocol v2, "HTTP/REST", and Triton's model repository extension for the index.
+Source: Open Inference Protocol v2, "HTTP/REST"; Triton's model repository, statistics and model configuration extensions.
 """
 
-import json
 import logging
 import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
-from importlib import metadata
-from typing import Any
-from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+from pathlib import Path
+from time import perf_counter_ns
+from typing import NamedTuple
+from wsgiref.types import StartResponse, WSGIEnvironment
 
-from gdlib.serve import protocol
-from gdlib.serve.protocol import ProtocolError
-from gdlib.serve.repository import Model, ModelVersion, Repository
+import orjson
+
+from gdlib.serve.access_log import AccessLog, RequestIds
+from gdlib.serve.background import Background
+from gdlib.serve.bodies import pack
+from gdlib.serve.endpoints import EXTENSIONS, Endpoints
+from gdlib.serve.exchange import Answer, Exchange, HTTPError
+from gdlib.serve.keys import Key, KeyFile
+from gdlib.serve.metrics import Metrics
+from gdlib.serve.protocol import UnsupportedError
+from gdlib.serve.repository import Repository
+from gdlib.serve.tensors import ProtocolError, shorten
 
 logger = logging.getLogger(__name__)
 
-MAX_JSON_BYTES = 8 * 2**20  # parsed JSON takes some 10 to 40 times its size in memory
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+MAX_IN_FLIGHT = 64  # inference requests at once; each may hold a body of 64 MiB
+WATCH_SECONDS = 1.0  # between two looks at the folder; a look at a hundred versions takes about a millisecond
+_LOCAL_PEERS = {"127.0.0.1", "::1", "::ffff:127.0.0.1", ""}  # REMOTE_ADDR is empty for a Unix socket
+_STATUS = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
+_MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|infer|config|stats))?")
+_REPOSITORY_PATH = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
+_OTHER_EXTENSIONS = re.compile(r"/v2/(?:systemsharedmemory|cudasharedmemory|trace|logging|models/[^/]+/trace)(?:/.*)?")
 
-Answer = tuple[HTTPStatus, Any]
-Route = tuple[tuple[str, ...], Callable[[WSGIEnvironment], Answer]]  # the methods allowed, the handler
+Handler = Callable[[Exchange], Answer]
 GET, POST = ("GET", "HEAD"), ("POST",)
-_MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|infer))?")
 
 
-class HTTPError(Exception):
-    """A request that is answered with `status` and one sentence."""
-
-    def __init__(self, status: HTTPStatus, message: str, *headers: tuple[str, str]) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers
+class Route(NamedTuple):
+    methods: tuple[str, ...]
+    handler: Handler
+    open: bool = False  # answered without a key
 
 
-def create_app(models_dir: str | os.PathLike[str], *, allowed_hosts: Sequence[str] = LOOPBACK_HOSTS) -> WSGIApplication:
-    """A WSGI application that serves models_dir/<name>/<version>/model.safetensors, the highest version by default.
+def create_app(
+    models_dir: str | os.PathLike[str],
+    *,
+    keys: str | os.PathLike[str] | None = None,
+    admin: bool = False,
+    allowed_hosts: Sequence[str] = LOOPBACK_HOSTS,
+    access_log: str | None = None,
+    state_dir: str | os.PathLike[str] | None = None,
+    max_in_flight: int = MAX_IN_FLIGHT,
+) -> "App":
+    """A WSGI application that serves models_dir/<name>/<version>/model.safetensors or model.onnx, the highest version by default.
 
-    Models are loaded now; one that cannot be is reported by the index and by readiness, and the others are served. Requests whose
-    Host header, without its port, is not in `allowed_hosts` are refused, so that a web page cannot reach a local service through a
-    name of its own. Raises NotADirectoryError when `models_dir` is no folder.
+    Models are loaded now, and again whenever their files change; one that cannot be is reported by the index, and the others are served.
+    Requests whose Host header, without its port, is not in `allowed_hosts` are refused, so that a web page cannot reach a local service
+    through a name of its own. With `keys`, a file of `gdlib keys`, all but health, the page and the API's description wants one of
+    them; `admin` lets keys of that scope load and unload models. `access_log` is a file for one JSON line a request, "-" standard
+    output. Several processes give the same answers about themselves, and unload together, when they share a `state_dir`.
+
+    Raises NotADirectoryError when `models_dir` is no folder, ValueError for `admin` without `keys`, and what reading the keys raises.
     """
-    return App(Repository(models_dir), allowed_hosts)
+    if admin and keys is None:
+        raise ValueError("admin needs keys: pass a file of keys, one of them with the scope 'admin'.")
+    if max_in_flight < 1:
+        raise ValueError(f"max_in_flight is {max_in_flight}: pass 1 or more.")
+    state = None if state_dir is None else Path(state_dir)
+    if state is not None:
+        state.mkdir(parents=True, exist_ok=True)
+    return App(
+        Repository(models_dir, state_file=state and state / "repository.json"),
+        keys=None if keys is None else KeyFile(keys),
+        admin=admin,
+        allowed_hosts=allowed_hosts,
+        access_log=None if access_log is None else AccessLog(access_log),
+        metrics=Metrics(state),
+        max_in_flight=max_in_flight,
+    )
 
 
 class App:
     """The application over a repository; `create_app` is the usual way to one."""
 
-    def __init__(self, repository: Repository, allowed_hosts: Sequence[str] = LOOPBACK_HOSTS) -> None:
-        self._repository = repository
+    def __init__(
+        self,
+        repository: Repository,
+        *,
+        keys: KeyFile | None = None,
+        admin: bool = False,
+        allowed_hosts: Sequence[str] = LOOPBACK_HOSTS,
+        access_log: AccessLog | None = None,
+        metrics: Metrics | None = None,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        watch_seconds: float = WATCH_SECONDS,
+    ) -> None:
+        self._keys = keys
         self._allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
-        self._routes: dict[str, Route] = {
-            "/v2": (GET, self._server_metadata),
-            "/v2/health/live": (GET, self._live),
-            "/v2/health/ready": (GET, self._ready),
-            "/v2/repository/index": (POST, self._index),
+        self._access_log = access_log
+        self._metrics = metrics or Metrics()
+        self._ids = RequestIds()
+        self._background = Background(watch_seconds, (repository.refresh, self._metrics.flush), self._metrics.forked)
+        lost = (lambda: 0) if access_log is None else access_log.lines_lost
+        self._endpoints = Endpoints(repository, self._metrics, admin=admin, max_in_flight=max_in_flight, log_lines_lost=lost)
+        to = self._endpoints
+        self._routes = {
+            "/v2": Route(GET, to.server),
+            "/v2/health/live": Route(GET, to.live, open=True),
+            "/v2/health/ready": Route(GET, to.ready, open=True),
+            "/v2/models/stats": Route(GET, partial(to.statistics, None, None)),
+            "/v2/repository/index": Route(POST, to.index),
+            "/metrics": Route(GET, to.prometheus),
+            "/openapi.json": Route(GET, to.openapi, open=True),
         }
+        self._model_routes = {
+            None: (GET, to.metadata),
+            "ready": (GET, to.model_ready),
+            "config": (GET, to.config),
+            "stats": (GET, to.statistics),
+            "infer": (POST, to.infer),
+        }
+        self._repository_routes = {"load": to.load, "unload": to.unload}
+
+    def drain(self) -> None:
+        """Say from now on that no more requests are wanted, and answer those that come all the same."""
+        self._endpoints.draining = True
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-        headers: tuple[tuple[str, str], ...] = ()
+        begin = perf_counter_ns()
+        self._background.ensure()
+        exchange = Exchange(environ)
         try:
-            status, answer = self._answer(environ)
+            answer = self._answer(exchange)
         except HTTPError as error:
-            status, answer, headers = error.status, {"error": str(error)}, error.headers
+            answer = Answer({"error": str(error)}, error.status, headers=error.headers)
+        except UnsupportedError as error:
+            answer = Answer({"error": str(error)}, 501)
         except ProtocolError as error:
-            status, answer = HTTPStatus.BAD_REQUEST, {"error": str(error)}
+            answer = Answer({"error": str(error)}, 400)
         except Exception:
             logger.exception("A request failed.")
-            status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, {"error": "Internal error: the server's log says more."}
-        body = json.dumps(answer, allow_nan=False, separators=(",", ":")).encode("ascii")
-        common = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("X-Content-Type-Options", "nosniff")]
-        start_response(f"{status.value} {status.phrase}", [*headers, *common])
+            answer = Answer({"error": "Internal error: the server's log says more."}, 500)
+        body, status, content_type, more = answer
+        if type(body) is not bytes:
+            body = orjson.dumps(body)
+        request_id = self._ids.get(environ.get("HTTP_X_REQUEST_ID"))
+        headers = [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff"), ("X-Request-Id", request_id), *more]
+        accepted = environ.get("HTTP_ACCEPT_ENCODING")
+        if accepted:
+            body, encoding = pack(body, accepted)
+            if encoding is not None:
+                headers += [("Content-Encoding", encoding), ("Vary", "Accept-Encoding")]
+        headers.append(("Content-Length", str(len(body))))
+        self._metrics.responded(status)
+        if self._access_log is not None:
+            self._log(self._access_log, exchange, request_id, status, len(body), begin)
+        start_response(_STATUS[status], headers)
         return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
 
-    def _answer(self, environ: WSGIEnvironment) -> Answer:
+    def _answer(self, exchange: Exchange) -> Answer:
+        environ = exchange.environ
         self._check_host(environ.get("HTTP_HOST", ""))
+        if self._keys is None and environ.get("REMOTE_ADDR", "") not in _LOCAL_PEERS:
+            raise HTTPError(HTTPStatus.FORBIDDEN, "Without keys this server answers its own machine only: give it a file of `gdlib keys`.")
         path = environ.get("PATH_INFO", "")
-        allowed, handler = self._route(path)
-        if environ["REQUEST_METHOD"] not in allowed:
-            message = f"The method is not allowed for {protocol.shorten(path)}: use {' or '.join(allowed)}."
-            raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, message, ("Allow", ", ".join(allowed)))
-        return handler(environ)
+        route = self._routes.get(path) or self._route(path)
+        if environ["REQUEST_METHOD"] not in route.methods:
+            message = f"The method is not allowed for {shorten(path)}: use {' or '.join(route.methods)}."
+            raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, message, ("Allow", ", ".join(route.methods)))
+        if self._keys is not None and not route.open:
+            exchange.key = self._authenticate(self._keys, environ.get("HTTP_AUTHORIZATION", ""))
+        return route.handler(exchange)
 
     def _route(self, path: str) -> Route:
-        if path in self._routes:
-            return self._routes[path]
         found = _MODEL_PATH.fullmatch(path)
-        if found is None:
-            raise HTTPError(HTTPStatus.NOT_FOUND, f"Unknown path {protocol.shorten(path)}: the protocol's paths begin at /v2.")
-        name, version, action = found.groups()
-        if action == "infer":
-            return POST, partial(self._infer, name, version)
-        return GET, partial(self._model_ready if action == "ready" else self._model_metadata, name, version)
+        if found is not None:
+            name, version, action = found.groups()
+            methods, handler = self._model_routes[action]
+            return Route(methods, partial(handler, name, version))
+        found = _REPOSITORY_PATH.fullmatch(path)
+        if found is not None:
+            name, action = found.groups()
+            return Route(POST, partial(self._repository_routes[action], name))
+        if _OTHER_EXTENSIONS.fullmatch(path):
+            raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, f"This server has no such extension; it has {', '.join(EXTENSIONS)}.")
+        raise HTTPError(HTTPStatus.NOT_FOUND, f"Unknown path {shorten(path)}: the protocol's paths begin at /v2.")
 
     def _check_host(self, header: str) -> None:
         host = re.sub(r":[0-9]*\Z", "", header).lower()
         if host not in self._allowed_hosts:
             status = HTTPStatus.MISDIRECTED_REQUEST if header else HTTPStatus.BAD_REQUEST
-            raise HTTPError(status, f"The Host header is {protocol.shorten(header)}: use one of {', '.join(sorted(self._allowed_hosts))}.")
+            raise HTTPError(status, f"The Host header is {shorten(header)}: use one of {', '.join(sorted(self._allowed_hosts))}.")
 
-    def _server_metadata(self, environ: WSGIEnvironment) -> Answer:
-        try:
-            version = metadata.version("gdlib")
-        except metadata.PackageNotFoundError:  # run from a source tree
-            version = "unknown"
-        return HTTPStatus.OK, {"name": "gdlib", "version": version, "extensions": []}
+    def _authenticate(self, keys: KeyFile, header: str) -> Key:
+        scheme, _, secret = header.partition(" ")
+        key = keys.find(secret.strip()) if scheme.lower() == "bearer" else None
+        if key is None:
+            message = "The request holds no key that is in force: send the header 'Authorization: Bearer <key>'."
+            raise HTTPError(HTTPStatus.UNAUTHORIZED, message, ("WWW-Authenticate", "Bearer"))
+        return key
 
-    def _live(self, environ: WSGIEnvironment) -> Answer:
-        return HTTPStatus.OK, {"live": True, "ready": self._repository.ready()}
-
-    def _ready(self, environ: WSGIEnvironment) -> Answer:
-        ready = self._repository.ready()
-        return HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, {"live": True, "ready": ready}
-
-    def _index(self, environ: WSGIEnvironment) -> Answer:
-        body = _read_body(environ) if environ.get("CONTENT_LENGTH") else b""
-        only_ready = protocol.parse_json(body).get("ready") is True if body else False
-        return HTTPStatus.OK, [
-            {"name": entry.name, "version": entry.version, "state": entry.state, "reason": entry.reason}
-            for entry in self._repository.index()
-            if entry.model is not None or not only_ready
-        ]
-
-    def _model_metadata(self, name: str, version: str | None, environ: WSGIEnvironment) -> Answer:
-        _, model = self._loaded(name, version)
-        datatype = protocol.DATATYPE_NAMES[model.dtype]
-        names = {"feature_names": model.feature_names, "target_names": model.target_names}
-        return HTTPStatus.OK, {
-            "name": name,
-            "versions": self._repository.versions(name),
-            "platform": "gdlib",
-            "inputs": [{"name": protocol.INPUT_NAME, "datatype": datatype, "shape": [-1, model.in_features]}],
-            "outputs": [{"name": protocol.OUTPUT_NAME, "datatype": datatype, "shape": [-1, model.out_features]}],
-            "parameters": {key: value for key, value in names.items() if value is not None},
-        }
-
-    def _model_ready(self, name: str, version: str | None, environ: WSGIEnvironment) -> Answer:
-        ready = self._find(name, version).model is not None
-        return HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, {"name": name, "ready": ready}
-
-    def _infer(self, name: str, version: str | None, environ: WSGIEnvironment) -> Answer:
-        entry, model = self._loaded(name, version)
-        if "HTTP_INFERENCE_HEADER_CONTENT_LENGTH" in environ:
-            raise ProtocolError("The request uses the binary tensor extension, which is not supported: send the values as JSON in 'data'.")
-        request = protocol.parse_json(_read_body(environ))
-        X, identifier = protocol.decode_request(request, model.in_features, model.dtype, model.feature_names)
-        try:
-            output = model.predict(X)
-        except ValueError as error:
-            raise ProtocolError(str(error)) from None
-        except ArithmeticError:  # finite input, infinite output
-            raise ProtocolError(f"An output is too large for {protocol.DATATYPE_NAMES[model.dtype]}: send smaller values.") from None
-        return HTTPStatus.OK, protocol.encode_response(name, entry.version, output, identifier)
-
-    def _find(self, name: str, version: str | None) -> ModelVersion:
-        try:
-            return self._repository.get(name, version)
-        except KeyError:
-            which = protocol.shorten(name) + ("" if version is None else f" version {protocol.shorten(version)}")
-            raise HTTPError(HTTPStatus.NOT_FOUND, f"Request for unknown model: {which} is not found.") from None
-
-    def _loaded(self, name: str, version: str | None) -> tuple[ModelVersion, Model]:
-        entry = self._find(name, version)
-        if entry.model is None:
-            which = f"{name!r} version {entry.version}" if entry.version else repr(name)
-            raise HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, f"Model {which} is not available: {entry.reason}")
-        return entry, entry.model
-
-
-def _read_body(environ: WSGIEnvironment) -> bytes:
-    encoding = environ.get("HTTP_CONTENT_ENCODING", "identity")
-    if encoding.lower() != "identity":
-        raise ProtocolError(f"The Content-Encoding is {protocol.shorten(encoding)}: send the body uncompressed.")
-    length = environ.get("CONTENT_LENGTH") or ""
-    if not (length.isascii() and length.isdecimal()):
-        raise ProtocolError("The Content-Length header is missing or not a number: send the body's length in bytes.")
-    # Compared as text first: Python refuses to read integers of thousands of digits.
-    size = int(length) if len(length) < 20 else MAX_JSON_BYTES + 1
-    if size > MAX_JSON_BYTES:
-        message = f"The body is larger than {MAX_JSON_BYTES} bytes: send fewer rows in one request."
-        raise HTTPError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
-    body: bytes = environ["wsgi.input"].read(size)
-    if len(body) < size:
-        raise ProtocolError("The body is shorter than its Content-Length: send all of it.")
-    return body
+    def _log(self, log: AccessLog, exchange: Exchange, request_id: str, status: int, bytes_out: int, begin: int) -> None:
+        environ = exchange.environ
+        log.write(
+            id=request_id,
+            remote=environ.get("REMOTE_ADDR"),
+            key=exchange.key and exchange.key.name,
+            method=environ["REQUEST_METHOD"],
+            path=environ.get("PATH_INFO", "").encode("latin-1", "replace").decode("utf-8", "replace"),
+            status=int(status),
+            ms=round((perf_counter_ns() - begin) / 1e6, 3),
+            model=exchange.model,
+            version=exchange.version,
+            rows=exchange.rows,
+            bytes_in=exchange.bytes_in,
+            bytes_out=bytes_out,
+        )

@@ -1,189 +1,217 @@
-"""The Open Inference Protocol v2 in JSON, as pure functions: request bytes -> array, array -> response dict.
+"""Inference requests and answers of the Open Inference Protocol v2, as pure functions: a parsed request -> arrays, arrays -> body.
 
-Every model has one input, "input" [rows, in_features], and one output, "output" [rows, out_features]. Nothing here opens a file
-or a socket, and nothing trusts the request: NumPy alone would turn 1.7 into the integer 1, take "12" for a number and fill ragged
-rows with objects, so each value is checked before it becomes an array. The binary tensor extension is deliberately not here.
+A tensor's values stand in its `data`, or raw after the JSON part, in the order of the tensors (the binary tensor data extension); one
+request may mix both. Nothing here opens a file or a socket, and nothing trusts the request.
 
-Source: Open Inference Protocol v2, "Inference Request JSON Object" and "Inference Response JSON Object".
+Source: Open Inference Protocol v2, "Inference Request JSON Object" and "Inference Response JSON Object"; Triton's binary tensor data
+extension for `binary_data_size`, `binary_data` and `binary_data_output`.
 """
 
-import json
-import math
-from collections.abc import Callable, Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
-INPUT_NAME = "input"
-OUTPUT_NAME = "output"
-DATATYPES: dict[str, np.dtype[Any]] = {
-    "FP32": np.dtype(np.float32),
-    "FP64": np.dtype(np.float64),
-    **{f"INT{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
-    **{f"UINT{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
-}
-DATATYPE_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
-_JSON_TYPES: dict[type, str] = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+from gdlib.serve import tensors
+from gdlib.serve.tensors import DTYPES, ProtocolError, TensorSpec, Where, checked, shorten
+
+_UNSUPPORTED = {"shared_memory_region": "shared memory", "classification": "the classification extension"}
 
 
-class ProtocolError(ValueError):
-    """The request breaks the protocol; the text is one sentence written for the client."""
+class UnsupportedError(ProtocolError):
+    """The request uses an extension that this server does not have."""
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`, which must be UTF-8, hold no key twice and nest no deeper than the parser's stack.
+class Signature(NamedTuple):
+    """What a model takes and gives. `feature_names` name the columns of its only input [rows, features]; `finite`: it takes no NaN."""
 
-    NaN and Infinity tokens are read, since clients send them; `decode_request` refuses them where it can name the place.
-    Raises ProtocolError.
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    feature_names: Sequence[str] | None = None
+    finite: bool = True
+
+
+class InferRequest(NamedTuple):
+    arrays: dict[str, NDArray[Any]]
+    rows: int  # the batch size: the first axis where it may have any size, else 1
+    outputs: list[tuple[str, bool]]  # those wanted, and whether in binary
+    identifier: str | None
+
+
+def decode(request: dict[str, Any], tail: memoryview, signature: Signature) -> InferRequest:
+    """The arrays that a request holds, in the datatypes and shapes of the model's inputs.
+
+    `tail` is what follows the JSON part. Instead of its one input a model with feature names takes an input [rows] or [rows, 1] for
+    each feature. Values are first read as the datatype that the request declares, then converted, so that JSON gives what the same tensor
+    would give in binary. Raises ProtocolError naming the field, or the row and feature, that is wrong; UnsupportedError for an
+    extension that is not here.
     """
+    parameters = _optional(request, "parameters", dict, "The request's 'parameters'")
+    reader = _TensorReader(tail)
+    sent = {}
+    for tensor in checked(request.get("inputs"), list, "'inputs'"):
+        name = checked(checked(tensor, dict, "An entry of 'inputs'").get("name"), str, "The input's 'name'")
+        if name in sent:
+            raise ProtocolError(f"The input {shorten(name)} is there twice: send each input once.")
+        sent[name] = tensor
+    names = signature.feature_names
+    if len(sent) == len(signature.inputs) and all(spec.name in sent for spec in signature.inputs):
+        specs = {spec.name: spec for spec in signature.inputs}
+        arrays = {name: reader.read(tensor, specs[name], signature, _places(specs[name], names)) for name, tensor in sent.items()}
+    elif names is not None and len(sent) == len(names) and all(name in sent for name in names):
+        arrays = {signature.inputs[0].name: _stack(sent, signature, names, reader)}
+    else:
+        raise ProtocolError(_wrong_inputs(list(sent), signature))
+    reader.finish()
+    first = signature.inputs[0]
+    rows = arrays[first.name].shape[0] if first.shape and first.shape[0] == -1 else 1
+    wanted = _wanted(_optional(request, "outputs", list, "'outputs'"), parameters.get("binary_data_output") is True, signature)
+    return InferRequest(arrays, rows, wanted, _optional(request, "id", str, "'id'") or None)
+
+
+def encode(
+    model: str, version: str, arrays: dict[str, NDArray[Any]], outputs: Sequence[tuple[str, bool]], identifier: str | None
+) -> tuple[bytes, int | None]:
+    """(the answer's body, the length of its JSON part where binary tensors follow it, else None).
+
+    Raises ProtocolError when JSON has no form for a value.
+    """
+    described: list[dict[str, Any]] = []
+    tail: list[bytes] = []
+    for name, binary in outputs:
+        array = arrays[name]
+        tensor: dict[str, Any] = {"name": name, "datatype": tensors.DATATYPE_NAMES[array.dtype], "shape": array.shape}
+        if binary:
+            raw = tensors.to_bytes(array)
+            tensor["parameters"] = {"binary_data_size": len(raw)}
+            tail.append(raw)
+        else:
+            tensor["data"] = tensors.to_json(array, name)
+        described.append(tensor)
+    answer: dict[str, Any] = {"model_name": model, "model_version": version}
+    if identifier is not None:
+        answer["id"] = identifier
+    answer["outputs"] = described
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except RecursionError:
-        raise ProtocolError("The body nests too deeply: send flat or row-by-row data.") from None
-    except ValueError as error:  # bad UTF-8, bad JSON, a key twice, an integer of thousands of digits
-        reason = str(error).partition(";")[0]  # what follows is advice to the server's programmer
-        raise ProtocolError(f"The body is not valid JSON in UTF-8: {reason}.") from None
-    request: dict[str, Any] = _checked(value, dict, "The body")
-    return request
+        body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError:  # a lone surrogate, of which UTF-8 has none
+        raise ProtocolError("The 'id' is no Unicode text: send one without lone surrogates.") from None
+    return (b"".join((body, *tail)), len(body)) if tail else (body, None)
 
 
-def decode_request(
-    request: dict[str, Any], in_features: int, dtype: np.dtype[Any], feature_names: Sequence[str] | None = None
-) -> tuple[NDArray[Any], str | None]:
-    """(X [rows, in_features] of `dtype`, the request's id or None), from an inference request.
+class _TensorReader:
+    """Reads the tensors of a request; those in binary take their bytes from the tail, one after the other."""
 
-    `data` may be flat, row-major, or one array per row. Values are first read as the datatype that the request declares, then
-    converted to `dtype`, so that JSON gives what the same tensor would give in binary. Raises ProtocolError naming the field, or
-    the row and feature, that is wrong.
-    """
-    identifier = _optional(request, "id", str, "'id'") or None
-    _optional(request, "parameters", dict, "The request's 'parameters'")
-    _check_outputs(_optional(request, "outputs", list, "'outputs'"))
-    inputs = _checked(request.get("inputs"), list, "'inputs'")
-    if len(inputs) != 1:
-        raise ProtocolError(f"The request has {len(inputs)} inputs: send exactly one, named '{INPUT_NAME}'.")
-    tensor = _checked(inputs[0], dict, "'inputs[0]'")
-    name = _checked(tensor.get("name"), str, "The input's 'name'")
-    if name != INPUT_NAME:
-        raise ProtocolError(f"The input is named {shorten(name)}: this model's only input is '{INPUT_NAME}'.")
-    if "binary_data_size" in _optional(tensor, "parameters", dict, "The input's 'parameters'"):
-        raise ProtocolError("The input uses the binary tensor extension, which is not supported: send its values as JSON in 'data'.")
-    datatype = _checked(tensor.get("datatype"), str, "The input's 'datatype'")
-    if datatype not in DATATYPES:
-        raise ProtocolError(f"The input's datatype is {shorten(datatype)}: send one of {', '.join(DATATYPES)}.")
-    rows = _rows(tensor.get("shape"), in_features)
-    values = _flatten(_checked(tensor.get("data"), list, "The input's 'data'"), rows, in_features)
+    def __init__(self, tail: memoryview) -> None:
+        self._tail = tail
+        self._at = 0
 
+    def read(self, tensor: dict[str, Any], spec: TensorSpec, signature: Signature, where: Where) -> NDArray[Any]:
+        datatype = checked(tensor.get("datatype"), str, "The input's 'datatype'")
+        if datatype not in DTYPES:
+            raise ProtocolError(f"The input's datatype is {shorten(datatype)}: send one of {', '.join(DTYPES)}.")
+        shape = tensors.check_shape(tensor.get("shape"), spec)
+        parameters = _optional(tensor, "parameters", dict, "The input's 'parameters'")
+        _refuse_unsupported(parameters)
+        size = parameters.get("binary_data_size")
+        if size is None:
+            array = tensors.from_json(tensor.get("data"), datatype, shape, where)
+        else:
+            if tensor.get("data") is not None:
+                raise ProtocolError("The input has both 'data' and 'binary_data_size': send one of them.")
+            array = tensors.from_bytes(self._take(size), datatype, shape)
+        array = tensors.convert(array, spec, where)
+        if signature.finite and array.dtype.kind == "f":
+            tensors.check_finite(array, where)
+        return array
+
+    def finish(self) -> None:
+        """Raises ProtocolError when bytes are left that no tensor has claimed."""
+        if self._at != len(self._tail):
+            raise ProtocolError("More bytes follow the JSON part than the inputs' 'binary_data_size' promise: make them agree.")
+
+    def _take(self, size: Any) -> memoryview:
+        if type(size) is not int or size < 0:
+            raise ProtocolError("A 'binary_data_size' is not a number of bytes: send a non-negative integer.")
+        if size > len(self._tail) - self._at:
+            raise ProtocolError(
+                "Fewer bytes follow the JSON part than 'binary_data_size' promises: send them, and say with the header "
+                "Inference-Header-Content-Length where they begin."
+            )
+        self._at += size
+        return self._tail[self._at - size : self._at]
+
+
+def _stack(sent: dict[str, Any], signature: Signature, names: Sequence[str], reader: _TensorReader) -> NDArray[Any]:
+    """X [rows, features] from an input for each feature. The tail's order is that of the request, not of the features."""
+    spec = signature.inputs[0]
+    columns = {}
+    for name, tensor in sent.items():
+        nested = type(shape := tensor.get("shape")) is list and len(shape) == 2
+        column = TensorSpec(name, spec.datatype, (-1, 1) if nested else (-1,))
+        columns[name] = reader.read(tensor, column, signature, _feature_place(name)).reshape(-1)
+    if len({len(column) for column in columns.values()}) != 1:
+        raise ProtocolError("The features have different numbers of rows: send as many values for each.")
+    return np.stack([columns[name] for name in names], axis=1)
+
+
+def _places(spec: TensorSpec, feature_names: Sequence[str] | None) -> Where:
     def place(index: int) -> str:
-        row, column = divmod(index, in_features)
-        return f"Row {row}, feature {column if feature_names is None else shorten(feature_names[column])}"
+        if len(spec.shape) == 2 and spec.shape[1] > 0:
+            row, column = divmod(index, spec.shape[1])
+            return f"Row {row}, feature {column if feature_names is None else shorten(feature_names[column])}"
+        return f"Value {index} of input {shorten(spec.name)}"
 
-    declared = DATATYPES[datatype]
-    tensor_values = _integers(values, declared, place) if declared.kind in "iu" else _floats(values, declared, place)
-    with np.errstate(over="ignore"):  # an overflow is reported by its place just below
-        X = tensor_values.astype(dtype, copy=False).reshape(rows, in_features)
-    if not np.isfinite(X).all():
-        index = int(np.flatnonzero(~np.isfinite(X))[0])
-        kind = "NaN or null" if np.isnan(X.flat[index]) else f"infinite, or too large for {DATATYPE_NAMES[dtype]}"
-        raise ProtocolError(f"{place(index)} is {kind}: a model takes finite numbers only, so replace the value or leave the row out.")
-    return X, identifier
+    return place
 
 
-def encode_response(name: str, version: str, output: NDArray[Any], identifier: str | None = None) -> dict[str, Any]:
-    """The inference response that holds `output` [rows, out_features], flat and row-major; `identifier` is echoed.
-
-    Raises ProtocolError when a value is not finite, which JSON cannot write.
-    """
-    finite = np.isfinite(output).all(axis=1)
-    if not finite.all():
-        raise ProtocolError(f"The output of row {int(np.argmin(finite))} is not finite, which JSON cannot hold: send smaller values.")
-    values = output.ravel().tolist()
-    tensor = {"name": OUTPUT_NAME, "datatype": DATATYPE_NAMES[output.dtype], "shape": list(output.shape), "data": values}
-    echo = {} if identifier is None else {"id": identifier}
-    return {"model_name": name, "model_version": version, **echo, "outputs": [tensor]}
+def _feature_place(name: str) -> Where:
+    return lambda row: f"Row {row}, feature {shorten(name)}"
 
 
-def shorten(text: str) -> str:
-    """`text` quoted, and cut where a client's text would swamp the error that names it."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def _wrong_inputs(sent: list[str], signature: Signature) -> str:
+    names = [spec.name for spec in signature.inputs]
+    features = signature.feature_names or ()
+    if any(name in features for name in sent):
+        missing = ", ".join(shorten(name) for name in features if name not in sent)
+        unknown = ", ".join(shorten(name) for name in sent if name not in features)
+        lacks = " and ".join([f"lacks {missing}"] * bool(missing) + [f"has the unknown {unknown}"] * bool(unknown))
+        return f"The request {lacks[:300]}: send one input for each feature, or all as '{names[0]}'."
+    either = " (or one for each feature, by its name)" if features else ""
+    if len(names) > 1:
+        wanted = ", ".join(shorten(name) for name in names)
+        return f"The request's inputs are {', '.join(map(shorten, sent))[:300] or 'none'}: send exactly {wanted[:300]}."
+    if len(sent) != 1:
+        return f"The request has {len(sent)} inputs: send exactly one, named '{names[0]}'{either}."
+    return f"The input is named {shorten(sent[0])}: this model's only input is '{names[0]}'{either}."
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("an object holds the same key twice")
-    return result
+def _wanted(outputs: list[Any], binary: bool, signature: Signature) -> list[tuple[str, bool]]:
+    if not outputs:
+        return [(spec.name, binary) for spec in signature.outputs]
+    names = [spec.name for spec in signature.outputs]
+    wanted: dict[str, bool] = {}
+    for output in outputs:
+        name = checked(checked(output, dict, "An entry of 'outputs'").get("name"), str, "An output's 'name'")
+        if name not in names:
+            which = f"only output is '{names[0]}'" if len(names) == 1 else f"outputs are {', '.join(map(shorten, names))[:300]}"
+            raise ProtocolError(f"The request wants an output named {shorten(name)}: this model's {which}.")
+        if name in wanted:
+            raise ProtocolError(f"The request wants output {shorten(name)} twice: name each output once.")
+        parameters = _optional(output, "parameters", dict, "The output's 'parameters'")
+        _refuse_unsupported(parameters)
+        choice = parameters.get("binary_data")
+        wanted[name] = binary if choice is None else checked(choice, bool, "An output's 'binary_data'")
+    return list(wanted.items())
 
 
-def _checked(value: Any, wanted: type, what: str) -> Any:
-    # The value itself is not printed: it may be huge, or nest too deeply for repr.
-    if type(value) is not wanted:
-        raise ProtocolError(f"{what} is {_JSON_TYPES.get(type(value), 'missing or null')}: send {_JSON_TYPES[wanted]}.")
-    return value
+def _refuse_unsupported(parameters: dict[str, Any]) -> None:
+    for key in parameters.keys() & _UNSUPPORTED.keys():
+        raise UnsupportedError(f"The request uses {_UNSUPPORTED[key]}, which this server does not have: send and ask for plain tensors.")
 
 
 def _optional(owner: dict[str, Any], key: str, wanted: type, what: str) -> Any:
     value = owner.get(key)  # some clients write the fields that they do not use as null
-    return wanted() if value is None else _checked(value, wanted, what)
-
-
-def _check_outputs(outputs: list[Any]) -> None:
-    for wanted in outputs:
-        name = _checked(_checked(wanted, dict, "An entry of 'outputs'").get("name"), str, "An output's 'name'")
-        if name != OUTPUT_NAME:
-            raise ProtocolError(f"The request wants an output named {shorten(name)}: this model's only output is '{OUTPUT_NAME}'.")
-        # A wish for binary data (the usual client's default) is met with JSON, which that client reads as well.
-        _optional(wanted, "parameters", dict, "The output's 'parameters'")
-
-
-def _rows(shape: Any, in_features: int) -> int:
-    sizes = _checked(shape, list, "The input's 'shape'")
-    if len(sizes) != 2 or any(type(size) is not int or size < 1 for size in sizes) or sizes[1] != in_features:
-        raise ProtocolError(f"The input's shape is not [rows, {in_features}] with one row or more: send rows of {in_features} features.")
-    rows: int = sizes[0]
-    return rows
-
-
-def _flatten(data: list[Any], rows: int, columns: int) -> list[Any]:
-    # Errors do not print the sizes in 'shape', which may have thousands of digits.
-    if data and type(data[0]) is list:
-        if len(data) != rows:
-            raise ProtocolError(f"'data' holds {len(data)} rows, and 'shape' promises another number: make them agree.")
-        for row, values in enumerate(data):
-            if type(values) is not list or len(values) != columns:
-                raise ProtocolError(f"Row {row} of 'data' is not an array of {columns} numbers: send every row with {columns}.")
-        return list(chain.from_iterable(data))
-    if len(data) != rows * columns:
-        raise ProtocolError(f"'data' holds {len(data)} values, and 'shape' promises another number: make them agree.")
-    return data
-
-
-def _integers(values: list[Any], declared: np.dtype[Any], place: Callable[[int], str]) -> NDArray[Any]:
-    _check_types(values, {int}, place, "an integer without a decimal point")
-    limits = np.iinfo(declared)
-    if min(values) < limits.min or max(values) > limits.max:
-        index = next(i for i, value in enumerate(values) if not limits.min <= value <= limits.max)
-        raise ProtocolError(f"{place(index)} is outside {limits.min}..{limits.max}, the range of {DATATYPE_NAMES[declared]}.")
-    return np.array(values, declared)
-
-
-def _floats(values: list[Any], declared: np.dtype[Any], place: Callable[[int], str]) -> NDArray[Any]:
-    types = _check_types(values, {int, float, type(None)}, place, "a number")
-    if type(None) in types:  # two widely used clients write NaN as null
-        values = [math.nan if value is None else value for value in values]
-    try:
-        array = np.array(values, np.float64)
-    except OverflowError:
-        raise ProtocolError("'data' holds an integer too large for FP64: send smaller values.") from None
-    with np.errstate(over="ignore"):  # decode_request reports the infinity by its place
-        return array.astype(declared, copy=False)
-
-
-def _check_types(values: list[Any], wanted: set[type], place: Callable[[int], str], what: str) -> set[type]:
-    types = set(map(type, values))  # exact types: bool is a subclass of int
-    if not types <= wanted:
-        index = next(i for i, value in enumerate(values) if type(value) not in wanted)
-        raise ProtocolError(f"{place(index)} is {_JSON_TYPES.get(type(values[index]), 'null')}: send {what}.")
-    return types
+    return wanted() if value is None else checked(value, wanted, what)

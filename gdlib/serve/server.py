@@ -17,7 +17,8 @@ from types import FrameType
 from typing import Any, Self
 from wsgiref.types import WSGIApplication
 
-from gdlib.serve.app import LOOPBACK_HOSTS, MAX_JSON_BYTES, create_app
+from gdlib.serve.app import LOOPBACK_HOSTS, create_app
+from gdlib.serve.bodies import MAX_BYTES
 
 POLL_SECONDS = 0.1  # how soon an idle server sees that it should stop
 DRAIN_SECONDS = 10.0  # well inside the 30 s that process managers grant
@@ -60,7 +61,7 @@ class Server:
             sockets=[listener],
             threads=threads,
             ident="gdlib",
-            max_request_body_size=MAX_JSON_BYTES + 1,  # waitress refuses at its limit, the application above its own
+            max_request_body_size=MAX_BYTES + 1,  # waitress refuses at its limit, the application above its own
             max_request_header_size=MAX_HEADER_BYTES,
             channel_timeout=IDLE_SECONDS,
             connection_limit=MAX_CONNECTIONS,

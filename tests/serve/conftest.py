@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gdlib.serve.app import App
+from gdlib.serve.models import NativeModel, ServedModel
 from gdlib.serve.repository import Repository
 
 
@@ -31,14 +32,17 @@ class FakeModel:
         return x @ self.weight.T + self.bias
 
 
-def load_fake(path: Path) -> FakeModel:
+def load_fake(path: Path) -> ServedModel:
     """A loader whose files hold the keyword arguments of a FakeModel as JSON, or the name of what goes wrong."""
     text = path.read_text()
     if text == "broken":
         raise ValueError(f"{path} is not a whole file; save the model again.")
     if text == "crash":
         raise RuntimeError("a secret")
-    return FakeModel(**json.loads(text))
+    return NativeModel(FakeModel(**json.loads(text)))
+
+
+LOADERS = {"model.safetensors": load_fake}
 
 
 class Reply(NamedTuple):
@@ -66,6 +70,7 @@ def send(app: Any, method: str, path: str, body: bytes | dict[str, Any] | None =
         "SCRIPT_NAME": "",
         "PATH_INFO": path,
         "QUERY_STRING": "",
+        "REMOTE_ADDR": "127.0.0.1",
         "wsgi.input": io.BytesIO(body or b""),
     }
     if body is not None:
@@ -107,8 +112,8 @@ def models_dir(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
 
 
 @pytest.fixture
-def load() -> Callable[[Path], FakeModel]:
-    return load_fake
+def loaders() -> dict[str, Callable[[Path], ServedModel]]:
+    return LOADERS
 
 
 @pytest.fixture
@@ -121,7 +126,7 @@ def client(models_dir: Callable[[dict[str, str]], Path]) -> Callable[[dict[str, 
     """A client of an application over {"name/version": content}."""
 
     def make(files: dict[str, str]) -> Client:
-        app = App(Repository(models_dir(files), load_fake))
+        app = App(Repository(models_dir(files), LOADERS))
         return lambda *arguments, **environ: send(app, *arguments, **environ)
 
     return make

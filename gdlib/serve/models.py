@@ -1,0 +1,65 @@
+"""What serving needs of a model, and gdlib's own as one. Other formats adapt themselves to the same protocol (onnx.py)."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gdlib import serialization
+from gdlib.serve.protocol import Signature
+from gdlib.serve.tensors import DATATYPE_NAMES, ProtocolError, TensorSpec
+
+INPUT_NAME, OUTPUT_NAME = "input", "output"
+Arrays = dict[str, NDArray[Any]]
+
+
+class ServedModel(Protocol):
+    """A model that answers requests. Any thread may call `predict`, several at once."""
+
+    platform: str
+    signature: Signature
+    parameters: dict[str, Any]  # of the model's metadata: names, units and what else describes it
+
+    def predict(self, arrays: Arrays) -> Arrays:
+        """The outputs by name. Raises ProtocolError when these inputs have no answer."""
+
+
+class Predictor(Protocol):
+    """What `gdlib.Linear` and `gdlib.Sequential` have."""
+
+    in_features: int
+    out_features: int
+    dtype: np.dtype[Any]
+    feature_names: list[str] | None
+    target_names: list[str] | None
+
+    def predict(self, x: Any, /) -> NDArray[Any]: ...
+
+
+class NativeModel:
+    """A gdlib model: one input [rows, in_features], one output [rows, out_features]."""
+
+    platform = "gdlib"
+
+    def __init__(self, model: Predictor) -> None:
+        self._predict = model.predict
+        self._datatype = DATATYPE_NAMES[model.dtype]
+        self.signature = Signature(
+            (TensorSpec(INPUT_NAME, self._datatype, (-1, model.in_features)),),
+            (TensorSpec(OUTPUT_NAME, self._datatype, (-1, model.out_features)),),
+            model.feature_names,
+        )
+        names = {"feature_names": model.feature_names, "target_names": model.target_names}
+        self.parameters = {key: value for key, value in names.items() if value is not None}
+
+    def predict(self, arrays: Arrays) -> Arrays:
+        try:
+            return {OUTPUT_NAME: self._predict(arrays[INPUT_NAME])}
+        except ArithmeticError:  # finite input, infinite output
+            raise ProtocolError(f"An output is too large for {self._datatype}: send smaller values.") from None
+
+
+def load_native(path: Path) -> ServedModel:
+    """The model in a file that `gdlib.save` wrote. Raises what `gdlib.load` raises."""
+    return NativeModel(serialization.load(path))

@@ -1,0 +1,136 @@
+"""JSON of clients: an exact parser that says what is wrong, and two fast ones for inference requests that are as they should be.
+
+orjson is the quickest for short requests; simdjson puts the numbers of long ones straight into arrays. Whatever they do not take, the
+exact parser reads again and judges. All give the same values for the same request.
+"""
+
+import json
+import threading
+from typing import Any
+
+import numpy as np
+import orjson
+import simdjson
+from numpy.typing import NDArray
+
+from gdlib.serve.tensors import DTYPES, ProtocolError, checked
+
+SHORT = 2048  # bytes; from about 100 numbers on an object for each costs more than simdjson's handles
+_KINDS = {"f": ("d", np.float64), "i": ("i", np.int64), "u": ("u", np.uint64)}  # of simdjson's buffers, by NumPy's kinds
+_parsers = threading.local()  # a parser keeps its buffers from one request to the next
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`, which must be UTF-8, hold no key twice and nest no deeper than the parser's stack.
+
+    NaN and Infinity tokens are read, since clients send them; they are refused where the place can be named. Raises ProtocolError.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ProtocolError("The body nests too deeply: send flat or row-by-row data.") from None
+    except ValueError as error:  # bad UTF-8, bad JSON, a key twice, an integer of thousands of digits
+        reason = str(error).partition(";")[0]  # what follows is advice to the server's programmer
+        raise ProtocolError(f"The body is not valid JSON in UTF-8: {reason}.") from None
+    request: dict[str, Any] = checked(value, dict, "The body")
+    return request
+
+
+def parse_request(body: bytes) -> dict[str, Any]:
+    """The inference request in `body`, as `parse_json` gives it, but that `data` of numbers may be arrays. Raises ProtocolError."""
+    try:
+        return _parse_short(body) if len(body) < SHORT else _parse_long(body)
+    except (ValueError, TypeError, AttributeError, KeyError):  # no JSON, or not the usual request: NaN, null, ragged rows, ...
+        return parse_json(body)
+
+
+def _parse_short(body: bytes) -> dict[str, Any]:
+    request: dict[str, Any] = orjson.loads(body)
+    # orjson drops a key that comes twice. Colons in strings are rare, and then the exact parser counts.
+    if _count_keys(request) != body.count(b":"):
+        raise ValueError("an object holds the same key twice, or a string a colon")
+    return request
+
+
+def _count_keys(item: dict[str, Any]) -> int:
+    keys = len(item)
+    for key, value in item.items():
+        if type(value) is dict:
+            keys += _count_keys(value)
+        elif type(value) is list and key != "data":
+            keys += sum(_count_keys(inner) for inner in value if type(inner) is dict)
+    return keys
+
+
+def _parse_long(body: bytes) -> dict[str, Any]:
+    try:
+        parser = _parsers.parser
+    except AttributeError:
+        parser = _parsers.parser = simdjson.Parser()
+    try:
+        return _Long(parser.parse(body)).request(body.count(b"["))
+    except RuntimeError:  # an object of an earlier request lives on, and with it the parser's buffer
+        _parsers.parser = simdjson.Parser()
+        raise ValueError("the parser was in use") from None
+
+
+class _Long:
+    """Reads a request from simdjson's objects. Raises ValueError or TypeError for all that needs the exact parser."""
+
+    def __init__(self, document: Any) -> None:
+        self._document = document
+        self._arrays = 0  # opened so far: simdjson reads through brackets, and only their number tells that there are more
+
+    def request(self, brackets: int) -> dict[str, Any]:
+        request = {key: self._value(value) for key, value in self._items(self._document) if key != "inputs"}
+        self._arrays += 1
+        request["inputs"] = [self._tensor(tensor) for tensor in self._document["inputs"]]
+        if self._arrays != brackets:
+            raise ValueError("brackets in a string, or arrays in an unusual place")
+        return request
+
+    def _tensor(self, item: Any) -> dict[str, Any]:
+        dtype = DTYPES.get(item["datatype"])
+        return {
+            key: self._numbers(value, dtype.kind) if key == "data" and dtype is not None else self._value(value)
+            for key, value in self._items(item)
+        }
+
+    def _numbers(self, data: Any, kind: str) -> NDArray[Any]:
+        code, dtype = _KINDS[kind] if kind in _KINDS else _other(kind)
+        rows = len(data)
+        self._arrays += 1
+        if rows and type(data[0]) is simdjson.Array:
+            sizes = {len(row) for row in data}
+            self._arrays += rows
+            (columns,) = sizes  # ragged rows do not unpack
+            shape: tuple[int, ...] = (rows, columns)
+        else:
+            shape = (rows,)
+        return np.frombuffer(data.as_buffer(of_type=code), dtype).reshape(shape)
+
+    def _value(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is simdjson.Object:
+            return {key: self._value(inner) for key, inner in self._items(value)}
+        if kind is simdjson.Array:
+            self._arrays += 1
+            return [self._value(inner) for inner in value]
+        return value
+
+    def _items(self, item: Any) -> list[tuple[str, Any]]:
+        keys = list(item.keys())
+        if len(set(keys)) != len(keys):
+            raise ValueError("an object holds the same key twice")
+        return [(key, item[key]) for key in keys]
+
+
+def _other(kind: str) -> Any:
+    raise ValueError(f"values of kind {kind} are no numbers")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("an object holds the same key twice")
+    return result
