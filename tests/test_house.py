@@ -54,7 +54,50 @@ PYTHON = {
     "cli": {"quickstart", "serve", "distributed", "", "config"},
     "": {"config", "data", "errors", "history", "losses", "nn", "optim", "parameters", "serialization", "training"},
 }
-SERVE = {"": {"app", "server"}, "protocol": set(), "repository": set(), "app": {"repository", "protocol"}, "server": {"app"}}
+SERVE = {
+    "tensors": set(),
+    "parsing": {"tensors"},
+    "protocol": {"tensors"},
+    "models": {"protocol", "tensors"},
+    "onnx": {"models", "protocol", "tensors"},
+    "repository": {"models", "onnx"},
+    "metrics": set(),
+    "keys": set(),
+    "exchange": {"keys"},
+    "bodies": {"exchange", "tensors"},
+    "description": {"protocol", "tensors"},
+    "access_log": set(),
+    "background": set(),
+    "page": {"exchange"},
+    "endpoints": {
+        "bodies",
+        "description",
+        "exchange",
+        "keys",
+        "metrics",
+        "models",
+        "parsing",
+        "protocol",
+        "repository",
+        "tensors",
+    },
+    "app": {
+        "access_log",
+        "background",
+        "bodies",
+        "endpoints",
+        "exchange",
+        "keys",
+        "metrics",
+        "page",
+        "protocol",
+        "repository",
+        "tensors",
+    },
+    "server": {"app", "bodies", "endpoints"},
+    "wsgi": {"app"},
+    "": {"app", "server"},
+}
 
 
 def imported(path):

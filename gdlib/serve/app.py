@@ -6,6 +6,7 @@ An error is {"error": "<one sentence>"}, and what is unexpected is logged and an
 Source: Open Inference Protocol v2, "HTTP/REST"; Triton's model repository, statistics and model configuration extensions.
 """
 
+import atexit
 import logging
 import os
 import re
@@ -78,13 +79,15 @@ def create_app(
     state = None if state_dir is None else Path(state_dir)
     if state is not None:
         state.mkdir(parents=True, exist_ok=True)
+    metrics = Metrics(state)
+    atexit.register(metrics.flush)  # what was counted since the last time
     return App(
         Repository(models_dir, state_file=state and state / "repository.json"),
         keys=None if keys is None else KeyFile(keys),
         admin=admin,
         allowed_hosts=allowed_hosts,
         access_log=None if access_log is None else AccessLog(access_log),
-        metrics=Metrics(state),
+        metrics=metrics,
         max_in_flight=max_in_flight,
     )
 

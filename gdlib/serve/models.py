@@ -43,7 +43,7 @@ class NativeModel:
     platform = "gdlib"
 
     def __init__(self, model: Predictor) -> None:
-        self._predict = model.predict
+        self._model = model
         self._datatype = DATATYPE_NAMES[model.dtype]
         self.signature = Signature(
             (TensorSpec(INPUT_NAME, self._datatype, (-1, model.in_features)),),
@@ -55,7 +55,7 @@ class NativeModel:
 
     def predict(self, arrays: Arrays) -> Arrays:
         try:
-            return {OUTPUT_NAME: self._predict(arrays[INPUT_NAME])}
+            return {OUTPUT_NAME: self._model.predict(arrays[INPUT_NAME])}
         except ArithmeticError:  # finite input, infinite output
             raise ProtocolError(f"An output is too large for {self._datatype}: send smaller values.") from None
 

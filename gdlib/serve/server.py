@@ -1,7 +1,7 @@
-"""A small server for the application: waitress with limits, loopback only, that finishes its requests before it stops.
+"""A small server for the application: waitress with limits, on loopback unless there are keys, that loses no request when it stops.
 
 waitress receives a request whole before a thread sees it, so stalled clients hold no thread. Its own shutdown drops requests in
-flight; `Server` runs its event loop and drains instead. Processes, keys and TLS are deliberately not here.
+flight; `Server` runs its event loop and drains instead. Several processes and TLS are deliberately not here.
 """
 
 import ipaddress
@@ -12,18 +12,21 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from types import FrameType
 from typing import Any, Self
 from wsgiref.types import WSGIApplication
 
-from gdlib.serve.app import LOOPBACK_HOSTS, create_app
+from gdlib.serve.app import LOOPBACK_HOSTS, App, create_app
 from gdlib.serve.bodies import MAX_BYTES
+from gdlib.serve.endpoints import RETRY_AFTER
 
 POLL_SECONDS = 0.1  # how soon an idle server sees that it should stop
 DRAIN_SECONDS = 10.0  # well inside the 30 s that process managers grant
 IDLE_SECONDS = 300  # clients pool connections and do not send a POST again when one was closed
 MAX_CONNECTIONS = 256  # each may hold three file descriptors, and a process often has 1,024
+MAX_QUEUED = 128  # inference requests that wait for a thread; the next ones are told to come again
 MAX_HEADER_BYTES = 32 * 2**10
 
 
@@ -35,11 +38,21 @@ class Server:
         with Server(create_app("models"), port=0) as server:
             urllib.request.urlopen(server.url + "/v2/health/ready")
 
-    Raises ImportError without waitress, ValueError for an address other than loopback or an impossible port, OSError for one that is
-    taken.
+    `public` allows addresses other than loopback. For the first `grace` seconds of its end it goes on accepting connections, while an
+    `App` says that it is not ready, so that a load balancer turns away before connections are refused. Raises ImportError without
+    waitress, ValueError for an address that is not allowed or an impossible port, OSError for one that is taken.
     """
 
-    def __init__(self, app: WSGIApplication, *, host: str = "127.0.0.1", port: int = 8000, threads: int = 4) -> None:
+    def __init__(
+        self,
+        app: WSGIApplication,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        threads: int = 4,
+        public: bool = False,
+        grace: float = 0.0,
+    ) -> None:
         try:
             from waitress import wasyncore
             from waitress.server import create_server
@@ -49,7 +62,7 @@ class Server:
             raise ValueError(f"threads is {threads}: pass 1 or more.")
         if not 0 <= port <= 65535:
             raise ValueError(f"port is {port}: pass 0 for a free one, or 1 to 65535.")
-        address = _loopback(host)
+        address = _address(host, public)
         listener = socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         self.port: int = listener.getsockname()[1]
         self.url = f"http://{_netloc(address)}:{self.port}"
@@ -59,15 +72,18 @@ class Server:
             app,
             map=self._map,
             sockets=[listener],
-            threads=threads,
+            _dispatcher=_dispatcher(threads),
             ident="gdlib",
             max_request_body_size=MAX_BYTES + 1,  # waitress refuses at its limit, the application above its own
             max_request_header_size=MAX_HEADER_BYTES,
             channel_timeout=IDLE_SECONDS,
             connection_limit=MAX_CONNECTIONS,
         )
-        self._waitress.channel_class = _channel_class()
-        self._stopping = False
+        self._waitress.channel_class = _channel_class(self)
+        self._app = app
+        self._grace = grace
+        self._stops = 0  # calls of stop
+        self.draining = False
         self._running = threading.Lock()
         self._closed = False
 
@@ -75,7 +91,7 @@ class Server:
         """Serve until `stop`, then finish the requests in flight, for at most DRAIN_SECONDS, and close."""
         with self._running:
             try:
-                while not self._stopping:
+                while not self._stops:
                     self._poll()
                 if not self._closed:
                     self._drain()
@@ -83,8 +99,13 @@ class Server:
                 self._release()
 
     def stop(self) -> None:
-        """Ask `run` to end. Any thread and any signal handler may call it, any number of times."""
-        self._stopping = True
+        """Ask `run` to end, the second time without more grace. Any thread and any signal handler may call it, any number of times."""
+        self._stops += 1
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a thread."""
+        return len(self._waitress.task_dispatcher.queue)
 
     def close(self) -> None:
         """Stop, wait until `run` has ended in whichever thread it runs, and free the port."""
@@ -103,6 +124,12 @@ class Server:
         self._asyncore.loop(timeout=POLL_SECONDS, use_poll=True, map=self._map, count=1)
 
     def _drain(self) -> None:
+        self.draining = True  # every answer from now on says that its connection ends
+        if isinstance(self._app, App):
+            self._app.drain()
+        end_of_grace = time.monotonic() + self._grace
+        while self._stops < 2 and time.monotonic() < end_of_grace:
+            self._poll()
         # Only the listening socket: the threads wake the loop through the server's trigger until they are done.
         self._asyncore.dispatcher.close(self._waitress)
         deadline = time.monotonic() + DRAIN_SECONDS
@@ -129,15 +156,26 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     threads: int = 4,
+    keys: str | os.PathLike[str] | None = None,
+    admin: bool = False,
+    allowed_hosts: Sequence[str] = (),
+    access_log: str | None = None,
+    grace: float = 1.0,
     ready: Callable[[Server], None] | None = None,
 ) -> None:
     """Serve the models in `models_dir` until SIGTERM or SIGINT; then finish the requests in flight and return.
 
     `ready` is called with the server once it listens: `server.url` and `server.port` say where. A second signal acts as if this
-    function had not caught the first. Raises what `Server` and `create_app` raise.
+    function had not caught the first. An address other than loopback needs `keys` and, where it stands for all addresses, the
+    `allowed_hosts` that clients know the server by. Raises what `Server` and `create_app` raise.
     """
-    app = create_app(models_dir, allowed_hosts=(*LOOPBACK_HOSTS, _netloc(_loopback(host))))
-    server = Server(app, host=host, port=port, threads=threads)
+    address = _address(host, public=keys is not None)
+    if ipaddress.ip_address(address).is_unspecified and not allowed_hosts:
+        raise ValueError(f"host is {host!r}, which is no name that clients use: pass the names that they do as allowed_hosts.")
+    app = create_app(
+        models_dir, keys=keys, admin=admin, allowed_hosts=(*LOOPBACK_HOSTS, _netloc(address), *allowed_hosts), access_log=access_log
+    )
+    server = Server(app, host=host, port=port, threads=threads, public=keys is not None, grace=grace)
     previous: dict[int, Any] = {}
 
     def restore() -> None:
@@ -161,13 +199,13 @@ def serve(
         server.close()
 
 
-def _loopback(host: str) -> str:
+def _address(host: str, public: bool) -> str:
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
     except ValueError:
-        address = None
-    if address is None or not address.is_loopback:
-        raise ValueError(f"host is {host!r}: there are no access keys yet, so use 127.0.0.1, ::1 or localhost.")
+        raise ValueError(f"host is {host!r}: pass an IP address of this machine, or localhost.") from None
+    if not (address.is_loopback or public):
+        raise ValueError(f"host is {host!r}, which others can reach, and there are no keys: use 127.0.0.1, ::1 or localhost, or add keys.")
     return str(address)
 
 
@@ -175,18 +213,49 @@ def _netloc(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-def _channel_class() -> Any:
-    """waitress's channel, with the protocol's JSON for the errors that waitress finds before it calls the application."""
+def _dispatcher(threads: int) -> Any:
+    """waitress's threads, with a bound on the inference requests that wait for one."""
+    from waitress.task import ThreadedTaskDispatcher
+    from waitress.utilities import Error
+
+    class BusyError(Error):  # type: ignore[misc]
+        code = 503
+        reason = "Service Unavailable"
+
+    class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
+        def add_task(self, task: Any) -> None:
+            request = task.requests[0]
+            if len(self.queue) >= MAX_QUEUED and request.error is None and request.path.endswith("/infer"):
+                request.error = BusyError("too many requests wait already, send this one again in a moment")
+            super().add_task(task)
+
+    dispatcher = Dispatcher()
+    dispatcher.set_thread_count(threads)
+    return dispatcher
+
+
+def _channel_class(server: Server) -> Any:
+    """waitress's channel: its own errors as the protocol's JSON, and an end that clients know of before it comes."""
     from waitress.channel import HTTPChannel
-    from waitress.task import ErrorTask
+    from waitress.task import ErrorTask, WSGITask
 
-    def execute(task: Any) -> None:
-        error = task.request.error
-        body = json.dumps({"error": f"{error.reason}: {error.body}."}).encode()
-        task.status = f"{error.code} {error.reason}"
-        task.response_headers.append(("Content-Type", "application/json"))
-        task.content_length = len(body)
-        task.set_close_on_finish()
-        task.write(body)
+    class Task(WSGITask):  # type: ignore[misc]
+        def build_response_header(self) -> bytes:
+            if server.draining:
+                self.set_close_on_finish()
+            header: bytes = super().build_response_header()
+            return header
 
-    return type("Channel", (HTTPChannel,), {"error_task_class": type("JSONErrorTask", (ErrorTask,), {"execute": execute})})
+    class JSONErrorTask(ErrorTask):  # type: ignore[misc]
+        def execute(self) -> None:
+            error = self.request.error
+            body = json.dumps({"error": f"{error.reason}: {error.body}."}).encode()
+            self.status = f"{error.code} {error.reason}"
+            self.response_headers.append(("Content-Type", "application/json"))
+            if error.code == HTTPStatus.SERVICE_UNAVAILABLE:
+                self.response_headers.append(RETRY_AFTER)
+            self.content_length = len(body)
+            self.set_close_on_finish()
+            self.write(body)
+
+    return type("Channel", (HTTPChannel,), {"task_class": Task, "error_task_class": JSONErrorTask})

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from gdlib.serve.app import MAX_JSON_BYTES, App
+from gdlib.serve.app import App
+from gdlib.serve.bodies import MAX_BYTES, MAX_JSON_BYTES
+from gdlib.serve.keys import add_key
 from gdlib.serve.repository import Repository
 from gdlib.serve.server import MAX_HEADER_BYTES, Server, serve
 
@@ -25,8 +27,8 @@ TIMEOUT = 60  # seconds until a hung test fails; nothing waits that long
 
 
 @pytest.fixture
-def app(models_dir: Any, load: Any) -> App:
-    return App(Repository(models_dir({"a/1": "{}"}), load))
+def app(models_dir: Any, loaders: Any) -> App:
+    return App(Repository(models_dir({"a/1": "{}"}), loaders))
 
 
 def connect(server: Server) -> http.client.HTTPConnection:
@@ -57,7 +59,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_starts_on_a_free_port_answers_and_stops(app: App) -> None:
-    threads = threading.active_count()
     with Server(app, port=0, threads=2) as server:
         assert server.port > 0
         assert server.url == f"http://127.0.0.1:{server.port}"
@@ -72,7 +73,7 @@ def test_starts_on_a_free_port_answers_and_stops(app: App) -> None:
         assert ask(connection, "GET", "/v2")[0] == 200, "the connection is kept"
     connection.close()
     assert is_refused(server.port)
-    wait_until(lambda: threading.active_count() <= threads)
+    wait_until(lambda: not any(thread.name.startswith(("waitress", "gdlib-serve")) for thread in threading.enumerate()))
 
 
 def test_two_servers_side_by_side(app: App) -> None:
@@ -98,12 +99,44 @@ def test_a_port_that_is_taken(app: App) -> None:
         Server(app, port=server.port)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "example.com", "localhost.example.com", "127.0.0.1:80"])
-def test_other_than_loopback_is_refused(app: App, tmp_path: Path, host: str) -> None:
-    with pytest.raises(ValueError, match=r"use 127\.0\.0\.1, ::1 or localhost"):
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_other_addresses_need_keys(app: App, tmp_path: Path, host: str) -> None:
+    with pytest.raises(ValueError, match=r"there are no keys: use 127\.0\.0\.1, ::1 or localhost, or add keys"):
         Server(app, host=host, port=0)
-    with pytest.raises(ValueError, match=r"use 127\.0\.0\.1, ::1 or localhost"):
+    with pytest.raises(ValueError, match="there are no keys"):
         serve(tmp_path, host=host, port=0)
+
+
+@pytest.mark.parametrize("host", ["", "example.com", "localhost.example.com", "127.0.0.1:80"])
+def test_names_are_no_addresses(app: App, tmp_path: Path, host: str) -> None:
+    for public in (False, True):
+        with pytest.raises(ValueError, match="pass an IP address of this machine, or localhost"):
+            Server(app, host=host, port=0, public=public)
+
+
+def test_all_addresses_with_keys(models_dir: Any, tmp_path: Path) -> None:
+    root, keys = models_dir({}), tmp_path / "keys.json"
+    secret = add_key(keys, "tester", ["models:*"])
+    with pytest.raises(ValueError, match="pass the names that they do as allowed_hosts"):
+        serve(root, host="0.0.0.0", port=0, keys=keys)
+    seen: list[int] = []
+
+    def visit(server: Server) -> None:
+        def ask_and_stop() -> None:
+            connection = connect(server)
+            for headers in ({}, {"Authorization": f"Bearer {secret}"}):
+                for host in ("me.example", "other.example"):
+                    connection.request("GET", "/v2", headers={"Host": host} | headers)
+                    response = connection.getresponse()
+                    response.read()
+                    seen.append(response.status)
+            connection.close()
+            server.stop()
+
+        threading.Thread(target=ask_and_stop).start()
+
+    serve(root, host="0.0.0.0", port=0, keys=keys, allowed_hosts=["me.example"], grace=0, ready=visit)
+    assert seen == [401, 421, 200, 421]
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1", "[::1]"])
@@ -134,7 +167,7 @@ def test_without_waitress(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("head", "status"),
     [
-        (f"POST /v2/models/a/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {MAX_JSON_BYTES + 1}\r\n\r\n", 413),
+        (f"POST /v2/models/a/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {MAX_BYTES + 1}\r\n\r\n", 413),
         (f"GET /v2 HTTP/1.1\r\nHost: localhost\r\nX: {'x' * MAX_HEADER_BYTES}\r\n\r\n", 431),
         ("POST /v2/models/a/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 400),
         ("POST /v2/models/a/infer HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
@@ -214,6 +247,56 @@ def test_close_finishes_the_request_in_flight(app: App, fake_model: Any, monkeyp
         busy.close()
 
 
+def test_in_its_grace_a_server_answers_but_is_not_ready(app: App) -> None:
+    server = Server(app, port=0, grace=TIMEOUT)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    kept, fresh = connect(server), connect(server)
+    assert ask(kept, "GET", "/v2/health/ready") == (200, {"live": True, "ready": True})
+    server.stop()
+    wait_until(lambda: server.draining)
+    for connection in (kept, fresh):
+        connection.request("POST", "/v2/models/a/infer", REQUEST)
+        response = connection.getresponse()
+        assert (response.status, response.getheader("Connection")) == (200, "close")
+        assert json.loads(response.read())["outputs"][0]["data"] == [0.0, 11.0]
+        assert ask(connection, "GET", "/v2/health/ready") == (503, {"live": True, "ready": False}), "on a new connection"
+        connection.close()
+    server.stop()
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
+    assert is_refused(server.port)
+
+
+def test_more_requests_than_may_wait_are_told_to_come_again(app: App, fake_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdlib.serve.server.MAX_QUEUED", 2)
+    entered, leave = threading.Event(), threading.Event()
+    predict = fake_model.predict
+
+    def slow(self: Any, x: Any) -> Any:
+        entered.set()
+        leave.wait(TIMEOUT)
+        return predict(self, x)
+
+    monkeypatch.setattr(fake_model, "predict", slow)
+    with Server(app, port=0, threads=1) as server:
+        clients = [connect(server) for _ in range(6)]
+        for waiting, client in enumerate(clients):
+            client.request("POST", "/v2/models/a/infer", REQUEST)
+            assert entered.wait(TIMEOUT)
+            wait_until(lambda waiting=waiting: server.queued == waiting)
+        health = connect(server)
+        health.request("GET", "/v2/health/live")
+        leave.set()
+        responses = [client.getresponse() for client in clients]
+        assert [response.status for response in responses] == [200] * 3 + [503] * 3
+        assert [response.getheader("Retry-After") for response in responses] == [None] * 3 + ["1"] * 3
+        assert "send this one again in a moment" in json.loads(responses[-1].read())["error"]
+        assert health.getresponse().status == 200, "only inference is refused"
+        for client in (*clients, health):
+            client.close()
+
+
 def test_a_request_that_never_ends_is_given_up(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gdlib.serve.server.DRAIN_SECONDS", 0.0)
     with Server(app, port=0) as server:
@@ -238,8 +321,8 @@ def app(environ, start_response):
     start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", "2")])
     return [b"{}"]
 
-server.create_app = lambda models_dir, allowed_hosts: app
-server.serve("unused", port=0, ready=lambda running: print(running.port, flush=True))
+server.create_app = lambda models_dir, **options: app
+server.serve("unused", port=0, grace=0, ready=lambda running: print(running.port, flush=True))
 print("ended", flush=True)
 """
 
