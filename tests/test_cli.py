@@ -49,6 +49,43 @@ def test_serve_says_where_answers_and_ends_on_sigterm(tmp_path):
     np.testing.assert_allclose(got, model.predict([[1, 2]])[0], rtol=1e-6)
 
 
+def test_keys_are_made_listed_used_and_revoked(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("orjson")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["keys", "add", "reader", "--scope", "models:house", "--scope", "metrics"]) == 0
+    out, err = capsys.readouterr()
+    secret = out.strip()
+    assert len(secret) > 40
+    assert "Authorization: Bearer" in err
+    assert secret not in (tmp_path / "keys.json").read_text()
+    assert cli.main(["keys", "add", "writer"]) == 0
+    assert capsys.readouterr().out.strip() != secret
+    assert cli.main(["keys", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [(line.split()[0], line.split()[2:]) for line in lines] == [("reader", ["metrics", "models:house"]), ("writer", ["models:*"])]
+    assert cli.main(["keys", "revoke", "reader"]) == 0
+    assert cli.main(["keys", "list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["writer"]
+    for arguments, words in (
+        (["keys", "revoke", "reader"], "no key 'reader'; it has 'writer'"),
+        (["keys", "add", "writer"], "has a key 'writer' already"),
+        (["keys", "add", "x", "--scope", "all"], "the scope is 'all'; use models:NAME"),
+        (["keys", "add", "a b"], "the key's name is 'a b'"),
+        (["keys", "list", "--file", "nothing.json"], "there is no key file at nothing.json"),
+    ):
+        assert cli.main(arguments) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_serving_without_its_packages_says_what_to_install():
+    code = (
+        "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *more: name != 'orjson' and find(name, *more) or None\n"
+        "import gdlib.serve"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Serving needs the package orjson: pip install gdlib[serve]." in done.stderr
+
+
 def test_info_names_what_runs(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out

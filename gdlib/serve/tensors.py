@@ -116,6 +116,8 @@ def from_bytes(raw: memoryview, datatype: str, shape: tuple[int, ...]) -> NDArra
             f"The tensor has {len(raw)} bytes, and its shape and datatype {datatype} promise another number: make them agree."
         )
     array = np.frombuffer(raw, dtype)
+    if not array.flags.aligned:  # it begins where the JSON part happens to end, and kernels want whole words
+        array = array.copy()
     if datatype == BF16:
         array = (array.astype("<u4") << 16).view("<f4")
     elif datatype == "BOOL":
