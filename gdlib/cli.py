@@ -31,6 +31,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         admin=arguments.admin,
         allowed_hosts=arguments.allowed_host,
         access_log=arguments.access_log,
+        batch_window=arguments.batch_window,
         grace=arguments.grace,
         ready=ready,
     )
@@ -79,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--admin", action="store_true", help="let keys with the scope admin load and unload models")
     command.add_argument("--allowed-host", action="append", default=[], metavar="NAME", help="a name that clients call this server by")
     command.add_argument("--access-log", metavar="FILE", help="append a JSON line for every request; - is standard output")
+    window = "seconds that requests to a wide model wait for each other, to be computed together; 0.0005 is a good start (default: 0)"
+    command.add_argument("--batch-window", type=float, default=0.0, metavar="SECONDS", help=window)
     command.add_argument("--grace", type=float, default=1.0, help="seconds from a signal to closing the port (default: 1)")
     command.set_defaults(run=_serve)
     keys = commands.add_parser("keys", help="make, list and revoke access keys").add_subparsers(dest="action", required=True)

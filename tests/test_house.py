@@ -59,6 +59,7 @@ SERVE = {
     "parsing": {"tensors"},
     "protocol": {"tensors"},
     "models": {"protocol", "tensors"},
+    "batching": {"models"},
     "onnx": {"models", "protocol", "tensors"},
     "repository": {"models", "onnx"},
     "metrics": set(),
@@ -84,6 +85,7 @@ SERVE = {
     "app": {
         "access_log",
         "background",
+        "batching",
         "bodies",
         "endpoints",
         "exchange",

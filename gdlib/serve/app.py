@@ -22,19 +22,21 @@ import orjson
 
 from gdlib.serve.access_log import AccessLog, RequestIds
 from gdlib.serve.background import Background
+from gdlib.serve.batching import load_batched
 from gdlib.serve.bodies import pack
 from gdlib.serve.endpoints import EXTENSIONS, Endpoints
 from gdlib.serve.exchange import Answer, Exchange, HTTPError
 from gdlib.serve.keys import Key, KeyFile
 from gdlib.serve.metrics import Metrics
 from gdlib.serve.protocol import UnsupportedError
-from gdlib.serve.repository import Repository
+from gdlib.serve.repository import LOADERS, NATIVE_FILE, Repository
 from gdlib.serve.tensors import ProtocolError, shorten
 
 logger = logging.getLogger(__name__)
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 MAX_IN_FLIGHT = 64  # inference requests at once; each may hold a body of 64 MiB
+MAX_BATCH_WINDOW = 1.0  # seconds
 WATCH_SECONDS = 1.0  # between two looks at the folder; a look at a hundred versions takes about a millisecond
 _LOCAL_PEERS = {"127.0.0.1", "::1", "::ffff:127.0.0.1", ""}  # REMOTE_ADDR is empty for a Unix socket
 _STATUS = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
@@ -61,6 +63,7 @@ def create_app(
     access_log: str | None = None,
     state_dir: str | os.PathLike[str] | None = None,
     max_in_flight: int = MAX_IN_FLIGHT,
+    batch_window: float = 0.0,
 ) -> "App":
     """A WSGI application that serves models_dir/<name>/<version>/model.safetensors or model.onnx, the highest version by default.
 
@@ -68,7 +71,8 @@ def create_app(
     Requests whose Host header, without its port, is not in `allowed_hosts` are refused, so that a web page cannot reach a local service
     through a name of its own. With `keys`, a file of `gdlib keys`, all but health, the page and the API's description wants one of
     them; `admin` lets keys of that scope load and unload models. `access_log` is a file for one JSON line a request, "-" standard
-    output. Several processes give the same answers about themselves, and unload together, when they share a `state_dir`.
+    output. Concurrent requests to a wide model wait up to `batch_window` seconds for each other and are computed together; 0 is never, and
+    0.0005 a good start. Several processes give the same answers about themselves, and unload together, when they share a `state_dir`.
 
     Raises NotADirectoryError when `models_dir` is no folder, ValueError for `admin` without `keys`, and what reading the keys raises.
     """
@@ -76,13 +80,18 @@ def create_app(
         raise ValueError("admin needs keys: pass a file of keys, one of them with the scope 'admin'.")
     if max_in_flight < 1:
         raise ValueError(f"max_in_flight is {max_in_flight}: pass 1 or more.")
+    if not 0 <= batch_window <= MAX_BATCH_WINDOW:
+        raise ValueError(f"batch_window is {batch_window}: pass seconds, 0 to {MAX_BATCH_WINDOW}.")
+    loaders = dict(LOADERS)
+    if batch_window:
+        loaders[NATIVE_FILE] = partial(load_batched, window=batch_window)
     state = None if state_dir is None else Path(state_dir)
     if state is not None:
         state.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(state)
     atexit.register(metrics.flush)  # what was counted since the last time
     return App(
-        Repository(models_dir, state_file=state and state / "repository.json"),
+        Repository(models_dir, loaders, state_file=state and state / "repository.json"),
         keys=None if keys is None else KeyFile(keys),
         admin=admin,
         allowed_hosts=allowed_hosts,
@@ -107,6 +116,7 @@ class App:
         max_in_flight: int = MAX_IN_FLIGHT,
         watch_seconds: float = WATCH_SECONDS,
     ) -> None:
+        self.repository = repository
         self._keys = keys
         self._allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
         self._access_log = access_log

@@ -23,7 +23,8 @@ from gdlib.serve.onnx import load_onnx
 logger = logging.getLogger(__name__)
 
 Loader = Callable[[Path], ServedModel]
-LOADERS: dict[str, Loader] = {"model.safetensors": load_native, "model.onnx": load_onnx}
+NATIVE_FILE, ONNX_FILE = "model.safetensors", "model.onnx"
+LOADERS: dict[str, Loader] = {NATIVE_FILE: load_native, ONNX_FILE: load_onnx}
 SETTLE_SECONDS = 0.3  # a file younger than this may still be being written
 UNLOADED = "it was unloaded by request."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

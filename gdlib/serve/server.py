@@ -160,6 +160,7 @@ def serve(
     admin: bool = False,
     allowed_hosts: Sequence[str] = (),
     access_log: str | None = None,
+    batch_window: float = 0.0,
     grace: float = 1.0,
     ready: Callable[[Server], None] | None = None,
 ) -> None:
@@ -173,7 +174,12 @@ def serve(
     if ipaddress.ip_address(address).is_unspecified and not allowed_hosts:
         raise ValueError(f"host is {host!r}, which is no name that clients use: pass the names that they do as allowed_hosts.")
     app = create_app(
-        models_dir, keys=keys, admin=admin, allowed_hosts=(*LOOPBACK_HOSTS, _netloc(address), *allowed_hosts), access_log=access_log
+        models_dir,
+        keys=keys,
+        admin=admin,
+        allowed_hosts=(*LOOPBACK_HOSTS, _netloc(address), *allowed_hosts),
+        access_log=access_log,
+        batch_window=batch_window,
     )
     server = Server(app, host=host, port=port, threads=threads, public=keys is not None, grace=grace)
     previous: dict[int, Any] = {}
