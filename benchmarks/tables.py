@@ -77,9 +77,9 @@ def topic_table(title: str, groups: Sequence[Group], results: Results) -> str:
     return table([title, names[0], "rate", *peers, "share of the limit"], rows)
 
 
-def aim_table(results: Results) -> str:
+def aim_table(results: Results, wanted: Sequence[aims.Aim] = aims.AIMS) -> str:
     rows = []
-    for aim in aims.AIMS:
+    for aim in wanted:
         found = aim.value(results)
         value, where = found if isinstance(found, tuple) else (found, "")
         measured = ["not measured", ""] if math.isnan(value) else [f"{digits(value)}{aim.unit}", "yes" if aim.reached(value) else "no"]
