@@ -209,9 +209,8 @@ def soak(length: float, clients: int = 4) -> bool:
     fifth = max(1, len(memory) // 5)
     before, after = statistics.median(memory[:fifth]), statistics.median(memory[-fifth:])
     strange = [value for value in seen if not np.isclose(value, answers, rtol=1e-12).any()]
-    print(
-        f"{sum(counts):,} requests, {len(failures)} failed, {turn} replacements, {len(seen)} of {len(models)} models seen, {len(strange)} strange"
-    )
+    print(f"{sum(counts):,} requests, {len(failures)} failed, {turn} replacements")
+    print(f"{len(seen)} of {len(models)} models seen, {len(strange)} strange answers")
     print(
         f"{lines:,} lines of access log; resident {before:.1f} MiB in the first fifth, {after:.1f} in the last, {max(memory):.1f} at most"
     )

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from time import perf_counter_ns
@@ -38,6 +38,7 @@ LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 MAX_IN_FLIGHT = 64  # inference requests at once; each may hold a body of 64 MiB
 MAX_BATCH_WINDOW = 1.0  # seconds
 WATCH_SECONDS = 1.0  # between two looks at the folder; a look at a hundred versions takes about a millisecond
+MAX_REMEMBERED = 1024  # paths and Host headers, which clients choose freely
 _LOCAL_PEERS = {"127.0.0.1", "::1", "::ffff:127.0.0.1", ""}  # REMOTE_ADDR is empty for a Unix socket
 _STATUS = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|infer|config|stats))?")
@@ -143,6 +144,9 @@ class App:
             "infer": (POST, to.infer),
         }
         self._repository_routes = {"load": to.load, "unload": to.unload}
+        # What a client says again and again is looked at once: it saves 3 us of some 25 that a request takes.
+        self._route = lru_cache(MAX_REMEMBERED)(self._find_route)
+        self._allows_host = lru_cache(MAX_REMEMBERED)(self._find_host)
 
     def drain(self) -> None:
         """Say from now on that no more requests are wanted, and answer those that come all the same."""
@@ -182,11 +186,14 @@ class App:
 
     def _answer(self, exchange: Exchange) -> Answer:
         environ = exchange.environ
-        self._check_host(environ.get("HTTP_HOST", ""))
+        host = environ.get("HTTP_HOST", "")
+        if not self._allows_host(host):
+            status = HTTPStatus.MISDIRECTED_REQUEST if host else HTTPStatus.BAD_REQUEST
+            raise HTTPError(status, f"The Host header is {shorten(host)}: use one of {', '.join(sorted(self._allowed_hosts))}.")
         if self._keys is None and environ.get("REMOTE_ADDR", "") not in _LOCAL_PEERS:
             raise HTTPError(HTTPStatus.FORBIDDEN, "Without keys this server answers its own machine only: give it a file of `gdlib keys`.")
         path = environ.get("PATH_INFO", "")
-        route = self._routes.get(path) or self._route(path)
+        route = self._route(path)
         if environ["REQUEST_METHOD"] not in route.methods:
             message = f"The method is not allowed for {shorten(path)}: use {' or '.join(route.methods)}."
             raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, message, ("Allow", ", ".join(route.methods)))
@@ -194,7 +201,9 @@ class App:
             exchange.key = self._authenticate(self._keys, environ.get("HTTP_AUTHORIZATION", ""))
         return route.handler(exchange)
 
-    def _route(self, path: str) -> Route:
+    def _find_route(self, path: str) -> Route:
+        if path in self._routes:
+            return self._routes[path]
         found = _MODEL_PATH.fullmatch(path)
         if found is not None:
             name, version, action = found.groups()
@@ -208,11 +217,8 @@ class App:
             raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, f"This server has no such extension; it has {', '.join(EXTENSIONS)}.")
         raise HTTPError(HTTPStatus.NOT_FOUND, f"Unknown path {shorten(path)}: the protocol's paths begin at /v2.")
 
-    def _check_host(self, header: str) -> None:
-        host = re.sub(r":[0-9]*\Z", "", header).lower()
-        if host not in self._allowed_hosts:
-            status = HTTPStatus.MISDIRECTED_REQUEST if header else HTTPStatus.BAD_REQUEST
-            raise HTTPError(status, f"The Host header is {shorten(header)}: use one of {', '.join(sorted(self._allowed_hosts))}.")
+    def _find_host(self, header: str) -> bool:
+        return re.sub(r":[0-9]*\Z", "", header).lower() in self._allowed_hosts
 
     def _authenticate(self, keys: KeyFile, header: str) -> Key:
         scheme, _, secret = header.partition(" ")
