@@ -59,9 +59,9 @@ class Record:
                 rows = 1 << rows.bit_length()  # the next power of two
             batch = self.batches.setdefault(rows, [0, 0, 0, 0])
         batch[0] += 1
-        for i, nanoseconds in enumerate(stages):
-            self.stages[i] += nanoseconds
-            batch[i + 1] += nanoseconds
+        for i in range(3):
+            self.stages[i] += stages[i]
+            batch[i + 1] += stages[i]
 
     def add(self, other: "Record") -> None:
         """Add the counts of another process."""

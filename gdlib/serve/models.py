@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gdlib import serialization
-from gdlib.serve.protocol import Signature
-from gdlib.serve.tensors import DATATYPE_NAMES, ProtocolError, TensorSpec
+from gdlib.serve.protocol import Signature, places
+from gdlib.serve.tensors import DATATYPE_NAMES, ProtocolError, TensorSpec, check_finite
 
 INPUT_NAME, OUTPUT_NAME = "input", "output"
 Arrays = dict[str, NDArray[Any]]
@@ -51,11 +51,15 @@ class NativeModel:
             model.feature_names,
         )
         names = {"feature_names": model.feature_names, "target_names": model.target_names}
+        self._where = places(self.signature.inputs[0], model.feature_names)
         self.parameters = {key: value for key, value in names.items() if value is not None}
 
     def predict(self, arrays: Arrays) -> Arrays:
         try:
             return {OUTPUT_NAME: self._model.predict(arrays[INPUT_NAME])}
+        except ValueError:  # it takes finite numbers only, and looks at each; here the first other one gets its name
+            check_finite(arrays[INPUT_NAME], self._where)
+            raise
         except ArithmeticError:  # finite input, infinite output
             raise ProtocolError(f"An output is too large for {self._datatype}: send smaller values.") from None
 

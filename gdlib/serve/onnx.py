@@ -47,7 +47,6 @@ class OnnxModel:
         self.signature = Signature(
             tuple(_spec(node, path) for node in self._session.get_inputs()),
             tuple(_spec(node, path) for node in self._session.get_outputs()),
-            finite=False,  # trees take NaN for a missing value
         )
         self._texts = [spec.name for spec in self.signature.inputs if spec.datatype == BYTES]
         self._names = [spec.name for spec in self.signature.outputs]

@@ -25,12 +25,11 @@ class UnsupportedError(ProtocolError):
 
 
 class Signature(NamedTuple):
-    """What a model takes and gives. `feature_names` name the columns of its only input [rows, features]; `finite`: it takes no NaN."""
+    """What a model takes and gives. `feature_names` name the columns of its only input [rows, features]."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     feature_names: Sequence[str] | None = None
-    finite: bool = True
 
 
 class InferRequest(NamedTuple):
@@ -48,7 +47,6 @@ def decode(request: dict[str, Any], tail: memoryview, signature: Signature) -> I
     would give in binary. Raises ProtocolError naming the field, or the row and feature, that is wrong; UnsupportedError for an
     extension that is not here.
     """
-    parameters = _optional(request, "parameters", dict, "The request's 'parameters'")
     reader = _TensorReader(tail)
     sent = {}
     for tensor in checked(request.get("inputs"), list, "'inputs'"):
@@ -57,16 +55,18 @@ def decode(request: dict[str, Any], tail: memoryview, signature: Signature) -> I
             raise ProtocolError(f"The input {shorten(name)} is there twice: send each input once.")
         sent[name] = tensor
     names = signature.feature_names
-    if len(sent) == len(signature.inputs) and all(spec.name in sent for spec in signature.inputs):
-        specs = {spec.name: spec for spec in signature.inputs}
-        arrays = {name: reader.read(tensor, specs[name], signature, _places(specs[name], names)) for name, tensor in sent.items()}
-    elif names is not None and len(sent) == len(names) and all(name in sent for name in names):
-        arrays = {signature.inputs[0].name: _stack(sent, signature, names, reader)}
-    else:
-        raise ProtocolError(_wrong_inputs(list(sent), signature))
+    with np.errstate(over="ignore"):  # an infinity is for the model to judge
+        if sent.keys() == {spec.name for spec in signature.inputs}:
+            specs = {spec.name: spec for spec in signature.inputs}
+            arrays = {name: reader.read(tensor, specs[name], places(specs[name], names)) for name, tensor in sent.items()}
+        elif names is not None and sent.keys() == set(names):
+            arrays = {signature.inputs[0].name: _stack(sent, signature, names, reader)}
+        else:
+            raise ProtocolError(_wrong_inputs(list(sent), signature))
     reader.finish()
     first = signature.inputs[0]
     rows = arrays[first.name].shape[0] if first.shape and first.shape[0] == -1 else 1
+    parameters = _optional(request, "parameters", dict, "The request's 'parameters'") or {}
     wanted = _wanted(_optional(request, "outputs", list, "'outputs'"), parameters.get("binary_data_output") is True, signature)
     return InferRequest(arrays, rows, wanted, _optional(request, "id", str, "'id'") or None)
 
@@ -98,6 +98,10 @@ def encode(
         body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
     except TypeError:  # a lone surrogate, of which UTF-8 has none
         raise ProtocolError("The 'id' is no Unicode text: send one without lone surrogates.") from None
+    if b"null" in body:
+        for name, binary in outputs:
+            if not binary:
+                tensors.check_json(arrays[name], name)
     return (b"".join((body, *tail)), len(body)) if tail else (body, None)
 
 
@@ -108,24 +112,23 @@ class _TensorReader:
         self._tail = tail
         self._at = 0
 
-    def read(self, tensor: dict[str, Any], spec: TensorSpec, signature: Signature, where: Where) -> NDArray[Any]:
+    def read(self, tensor: dict[str, Any], spec: TensorSpec, where: Where) -> NDArray[Any]:
         datatype = checked(tensor.get("datatype"), str, "The input's 'datatype'")
         if datatype not in DTYPES:
             raise ProtocolError(f"The input's datatype is {shorten(datatype)}: send one of {', '.join(DTYPES)}.")
         shape = tensors.check_shape(tensor.get("shape"), spec)
         parameters = _optional(tensor, "parameters", dict, "The input's 'parameters'")
-        _refuse_unsupported(parameters)
-        size = parameters.get("binary_data_size")
+        size = None
+        if parameters:
+            _refuse_unsupported(parameters)
+            size = parameters.get("binary_data_size")
         if size is None:
             array = tensors.from_json(tensor.get("data"), datatype, shape, where)
         else:
             if tensor.get("data") is not None:
                 raise ProtocolError("The input has both 'data' and 'binary_data_size': send one of them.")
             array = tensors.from_bytes(self._take(size), datatype, shape)
-        array = tensors.convert(array, spec, where)
-        if signature.finite and array.dtype.kind == "f":
-            tensors.check_finite(array, where)
-        return array
+        return tensors.convert(array, spec, where)
 
     def finish(self) -> None:
         """Raises ProtocolError when bytes are left that no tensor has claimed."""
@@ -151,13 +154,15 @@ def _stack(sent: dict[str, Any], signature: Signature, names: Sequence[str], rea
     for name, tensor in sent.items():
         nested = type(shape := tensor.get("shape")) is list and len(shape) == 2
         column = TensorSpec(name, spec.datatype, (-1, 1) if nested else (-1,))
-        columns[name] = reader.read(tensor, column, signature, _feature_place(name)).reshape(-1)
+        columns[name] = reader.read(tensor, column, _feature_place(name)).reshape(-1)
     if len({len(column) for column in columns.values()}) != 1:
         raise ProtocolError("The features have different numbers of rows: send as many values for each.")
     return np.stack([columns[name] for name in names], axis=1)
 
 
-def _places(spec: TensorSpec, feature_names: Sequence[str] | None) -> Where:
+def places(spec: TensorSpec, feature_names: Sequence[str] | None = None) -> Where:
+    """The words for the values of an input, by their flat indices."""
+
     def place(index: int) -> str:
         if len(spec.shape) == 2 and spec.shape[1] > 0:
             row, column = divmod(index, spec.shape[1])
@@ -188,7 +193,7 @@ def _wrong_inputs(sent: list[str], signature: Signature) -> str:
     return f"The input is named {shorten(sent[0])}: this model's only input is '{names[0]}'{either}."
 
 
-def _wanted(outputs: list[Any], binary: bool, signature: Signature) -> list[tuple[str, bool]]:
+def _wanted(outputs: list[Any] | None, binary: bool, signature: Signature) -> list[tuple[str, bool]]:
     if not outputs:
         return [(spec.name, binary) for spec in signature.outputs]
     names = [spec.name for spec in signature.outputs]
@@ -200,7 +205,7 @@ def _wanted(outputs: list[Any], binary: bool, signature: Signature) -> list[tupl
             raise ProtocolError(f"The request wants an output named {shorten(name)}: this model's {which}.")
         if name in wanted:
             raise ProtocolError(f"The request wants output {shorten(name)} twice: name each output once.")
-        parameters = _optional(output, "parameters", dict, "The output's 'parameters'")
+        parameters = _optional(output, "parameters", dict, "The output's 'parameters'") or {}
         _refuse_unsupported(parameters)
         choice = parameters.get("binary_data")
         wanted[name] = binary if choice is None else checked(choice, bool, "An output's 'binary_data'")
@@ -214,4 +219,4 @@ def _refuse_unsupported(parameters: dict[str, Any]) -> None:
 
 def _optional(owner: dict[str, Any], key: str, wanted: type, what: str) -> Any:
     value = owner.get(key)  # some clients write the fields that they do not use as null
-    return wanted() if value is None else checked(value, wanted, what)
+    return None if value is None else checked(value, wanted, what)

@@ -62,9 +62,10 @@ def checked(value: Any, wanted: type, what: str) -> Any:
 def check_shape(shape: Any, spec: TensorSpec) -> tuple[int, ...]:
     """`shape` as sent, which must be a list of sizes that `spec` allows. Raises ProtocolError."""
     sizes = checked(shape, list, "The input's 'shape'")
-    fits = len(sizes) == len(spec.shape) and all(
-        type(size) is int and 1 <= size <= _MAX_SIZE and wanted in (-1, size) for size, wanted in zip(sizes, spec.shape, strict=True)
-    )
+    fits = len(sizes) == len(spec.shape)
+    for size, wanted in zip(sizes, spec.shape, strict=False):
+        if type(size) is not int or not 1 <= size <= _MAX_SIZE or wanted not in (-1, size):
+            fits = False
     if not fits or math.prod(sizes) > _MAX_SIZE:
         if len(spec.shape) == 2 and spec.shape[0] == -1 and spec.shape[1] > 0:
             wanted = spec.shape[1]
@@ -89,8 +90,7 @@ def from_json(data: Any, datatype: str, shape: tuple[int, ...], where: Where) ->
         values = data.reshape(shape)
         if dtype.kind in "iu":
             _check_range(values, dtype, where)
-        with np.errstate(over="ignore"):  # an infinity is reported by its place, where the model does not take any
-            return values.astype(dtype, copy=False)
+        return values.astype(dtype, copy=False)
     flat = _flatten(checked(data, list, "The input's 'data'"), shape)
     if dtype.kind in "iu":
         array = _integers(flat, dtype, where)
@@ -131,8 +131,7 @@ def convert(array: NDArray[Any], spec: TensorSpec, where: Where) -> NDArray[Any]
     if array.dtype == wanted:
         return array
     if wanted.kind == "f" and array.dtype.kind in "biuf":
-        with np.errstate(over="ignore"):
-            return array.astype(wanted)
+        return array.astype(wanted)
     if wanted.kind in "iu" and array.dtype.kind in "biu":
         _check_range(array, wanted, where)
         return array.astype(wanted)
@@ -162,18 +161,25 @@ def to_bytes(array: NDArray[Any]) -> bytes:
 
 
 def to_json(array: NDArray[Any], name: str) -> Any:
-    """What becomes a tensor's `data`: a flat array or list, whose NaN become null. Raises ProtocolError where JSON has no form."""
-    advice = f"ask for output {shorten(name)} in the binary format (its parameter 'binary_data': true)."
+    """What becomes a tensor's `data`: a flat array or list. Raises ProtocolError where JSON has no form, `check_json` apart."""
     if array.dtype.kind == "O":
         try:
             return [item.decode("utf-8") for item in array.flat]
         except UnicodeDecodeError:
-            raise ProtocolError(f"A value is not UTF-8 text, and JSON has no form for it: {advice}") from None
+            raise ProtocolError(f"A value is not UTF-8 text, and JSON has no form for it: {_ask_binary(name)}") from None
     if array.dtype == np.float16:
-        raise ProtocolError(f"FP16 has no form in JSON: {advice}")
-    if array.dtype.kind == "f" and np.isinf(array).any():
-        raise ProtocolError(f"A value is infinite, and JSON has no form for it: {advice}")
+        raise ProtocolError(f"FP16 has no form in JSON: {_ask_binary(name)}")
     return np.ascontiguousarray(array).reshape(-1)
+
+
+def check_json(array: NDArray[Any], name: str) -> None:
+    """Raises ProtocolError for an infinity, which the encoder would write as null, as it does NaN."""
+    if array.dtype.kind == "f" and np.isinf(array).any():
+        raise ProtocolError(f"A value is infinite, and JSON has no form for it: {_ask_binary(name)}")
+
+
+def _ask_binary(name: str) -> str:
+    return f"ask for output {shorten(name)} in the binary format (its parameter 'binary_data': true)."
 
 
 def _flatten(data: list[Any], shape: Sequence[int]) -> list[Any]:
@@ -218,8 +224,7 @@ def _floats(values: list[Any], dtype: np.dtype[Any], where: Where) -> NDArray[An
         array = np.array(values, np.float64)
     except OverflowError:
         raise ProtocolError("'data' holds an integer too large for FP64: send smaller values.") from None
-    with np.errstate(over="ignore"):  # an infinity is reported by its place, where the model does not take any
-        return array.astype(dtype, copy=False)
+    return array.astype(dtype, copy=False)
 
 
 def _check_types(values: list[Any], wanted: set[type], where: Where, what: str) -> set[type]:

@@ -29,6 +29,8 @@ class FakeModel:
         self.bias = np.arange(out_features).astype(dtype)
 
     def predict(self, x: Any) -> np.ndarray:
+        if not np.isfinite(x).all():
+            raise ValueError("x holds a value that is NaN or infinite")
         return x @ self.weight.T + self.bias
 
 
