@@ -52,13 +52,16 @@ def _parse_short(body: bytes) -> dict[str, Any]:
     return request
 
 
-def _count_keys(item: dict[str, Any]) -> int:
-    keys = len(item)
-    for key, value in item.items():
-        if type(value) is dict:
-            keys += _count_keys(value)
-        elif type(value) is list and key != "data":
-            keys += sum(_count_keys(inner) for inner in value if type(inner) is dict)
+def _count_keys(request: dict[str, Any]) -> int:
+    """As many levels down as the usual request has."""
+    keys = len(request)
+    for value in request.values():
+        for item in value if type(value) is list else (value,):
+            if type(item) is dict:
+                keys += len(item)
+                for inner in item.values():
+                    if type(inner) is dict:
+                        keys += len(inner)
     return keys
 
 

@@ -55,14 +55,13 @@ def decode(request: dict[str, Any], tail: memoryview, signature: Signature) -> I
             raise ProtocolError(f"The input {shorten(name)} is there twice: send each input once.")
         sent[name] = tensor
     names = signature.feature_names
-    with np.errstate(over="ignore"):  # an infinity is for the model to judge
-        if sent.keys() == {spec.name for spec in signature.inputs}:
-            specs = {spec.name: spec for spec in signature.inputs}
-            arrays = {name: reader.read(tensor, specs[name], places(specs[name], names)) for name, tensor in sent.items()}
-        elif names is not None and sent.keys() == set(names):
-            arrays = {signature.inputs[0].name: _stack(sent, signature, names, reader)}
-        else:
-            raise ProtocolError(_wrong_inputs(list(sent), signature))
+    specs = {spec.name: spec for spec in signature.inputs}
+    if sent.keys() == specs.keys():
+        arrays = {name: reader.read(tensor, specs[name], places(specs[name], names)) for name, tensor in sent.items()}
+    elif names is not None and sent.keys() == set(names):
+        arrays = {signature.inputs[0].name: _stack(sent, signature, names, reader)}
+    else:
+        raise ProtocolError(_wrong_inputs(list(sent), signature))
     reader.finish()
     first = signature.inputs[0]
     rows = arrays[first.name].shape[0] if first.shape and first.shape[0] == -1 else 1
@@ -213,6 +212,8 @@ def _wanted(outputs: list[Any] | None, binary: bool, signature: Signature) -> li
 
 
 def _refuse_unsupported(parameters: dict[str, Any]) -> None:
+    if _UNSUPPORTED.keys().isdisjoint(parameters):
+        return
     for key in parameters.keys() & _UNSUPPORTED.keys():
         raise UnsupportedError(f"The request uses {_UNSUPPORTED[key]}, which this server does not have: send and ask for plain tensors.")
 

@@ -90,7 +90,7 @@ def from_json(data: Any, datatype: str, shape: tuple[int, ...], where: Where) ->
         values = data.reshape(shape)
         if dtype.kind in "iu":
             _check_range(values, dtype, where)
-        return values.astype(dtype, copy=False)
+        return _narrow(values, dtype)
     flat = _flatten(checked(data, list, "The input's 'data'"), shape)
     if dtype.kind in "iu":
         array = _integers(flat, dtype, where)
@@ -131,7 +131,7 @@ def convert(array: NDArray[Any], spec: TensorSpec, where: Where) -> NDArray[Any]
     if array.dtype == wanted:
         return array
     if wanted.kind == "f" and array.dtype.kind in "biuf":
-        return array.astype(wanted)
+        return _narrow(array, wanted)
     if wanted.kind in "iu" and array.dtype.kind in "biu":
         _check_range(array, wanted, where)
         return array.astype(wanted)
@@ -224,7 +224,14 @@ def _floats(values: list[Any], dtype: np.dtype[Any], where: Where) -> NDArray[An
         array = np.array(values, np.float64)
     except OverflowError:
         raise ProtocolError("'data' holds an integer too large for FP64: send smaller values.") from None
-    return array.astype(dtype, copy=False)
+    return _narrow(array, dtype)
+
+
+def _narrow(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):  # an infinity is for the model to judge, which can name the place
+        return array.astype(dtype)
 
 
 def _check_types(values: list[Any], wanted: set[type], where: Where, what: str) -> set[type]:
