@@ -23,6 +23,7 @@ DOCUMENT = (ROOT / "docs" / "serving.md").read_text()
 ADDRESS = "127.0.0.1"
 START_SECONDS = 60  # bounds of what is awaited; nothing takes nearly as long, and no test asserts how long it took
 STOP_SECONDS = 40
+ANSWER_SECONDS = 60
 
 
 def _commands(heading: str) -> dict[str, list[str]]:
@@ -56,8 +57,7 @@ def _uwsgi() -> str | None:
 def _argv(words: list[str], port: int, models: Path) -> list[str]:
     program, *rest = (word.replace("8000", str(port)) for word in words)
     if program == "uwsgi":
-        paths = [option for path in sys.path if path for option in ("--pythonpath", path)]  # it knows nothing of virtual environments
-        return [_uwsgi() or program, *rest, *paths, "--disable-logging"]
+        return [_uwsgi() or program, *rest, "--disable-logging"]
     rest = [str(models) if word == "models" else word for word in rest]
     return [sys.executable, "-m", program, *rest]
 
@@ -77,7 +77,8 @@ class Running:
     """A server that runs in a `with` statement; `settings` become GDLIB_<NAME>."""
 
     def __init__(self, words: list[str], models: Path, log: Path, **settings: Any) -> None:
-        _skip_unless_there(words[0])
+        self.program = words[0]
+        _skip_unless_there(self.program)
         self.models = models
         self.port = free_port()
         self.netloc = f"{ADDRESS}:{self.port}"
@@ -126,21 +127,20 @@ class Running:
         except OSError:
             return False
 
-    def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], Any]:
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, *, parse: bool = True
+    ) -> tuple[int, dict[str, str], Any]:
         """(status, headers in lower case, body: JSON if it is) of a request on a connection of its own."""
-        connection = http.client.HTTPConnection(self.netloc, timeout=START_SECONDS)
+        connection = http.client.HTTPConnection(self.netloc, timeout=ANSWER_SECONDS)
         try:
             connection.request(method, path, json.dumps(body) if isinstance(body, dict) else body, headers or {})
             response = connection.getresponse()
             content = response.read()
         finally:
             connection.close()
-        kind = response.headers["Content-Type"]
-        return (
-            response.status,
-            {key.lower(): value for key, value in response.headers.items()},
-            json.loads(content) if kind == "application/json" and content else content,
-        )
+        found = {key.lower(): value for key, value in response.headers.items()}
+        is_json = parse and bool(content) and found.get("content-type") == "application/json"
+        return response.status, found, json.loads(content) if is_json else content
 
 
 def eventually(check: Any, seconds: float = 30) -> Any:
