@@ -71,11 +71,10 @@ class Repository:
         self._loaders = loaders
         self._settle_seconds = settle_seconds
         self._state_file = state_file
-        self._state_stamp: tuple[int, int, int, int] | None = None
         self._unloaded: frozenset[str] = frozenset()
         self._lock = threading.Lock()  # held while the disk is looked at
         self._catalogue: Catalogue = {}
-        self._read_state()
+        self._state_stamp = self._read_state()
         self._scan(settle_seconds=0.0)
         # What was there at the start must load before the service is ready; what comes later must not take it down.
         self._required = {name for name, versions in self._catalogue.items() if versions}
@@ -117,8 +116,9 @@ class Repository:
     def refresh(self) -> None:
         """Look at the disk, and at what other processes have unloaded."""
         with self._lock:
-            self._read_state()
+            stamp = self._read_state()
             self._scan(self._settle_seconds)
+            self._state_stamp = stamp  # only now: other threads that ask before this wait for the scan, too
 
     def sync(self) -> None:
         """Follow the other processes, if there are any and they have changed something. One system call when they have not."""
@@ -142,10 +142,13 @@ class Repository:
             self._write_state(self._unloaded_on_disk() | {name})
             self._scan(self._settle_seconds)
 
-    def _read_state(self) -> None:
-        if self._state_file is not None:
-            self._state_stamp = _stamp_of(self._state_file)
-            self._unloaded = self._unloaded_on_disk()
+    def _read_state(self) -> tuple[int, int, int, int] | None:
+        """Learn what is unloaded, and give the stamp of the file that says so."""
+        if self._state_file is None:
+            return None
+        stamp = _stamp_of(self._state_file)
+        self._unloaded = self._unloaded_on_disk()
+        return stamp
 
     def _unloaded_on_disk(self) -> frozenset[str]:
         if self._state_file is None or not self._state_file.exists():
