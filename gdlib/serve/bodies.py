@@ -46,8 +46,11 @@ def read_body(environ: WSGIEnvironment) -> tuple[bytes, int]:
 
 
 def read_optional_body(environ: WSGIEnvironment) -> bytes:
-    """The body of a request that may have none."""
-    return read_body(environ)[0] if environ.get("CONTENT_LENGTH") or environ.get("wsgi.input_terminated") else b""
+    """The body, all of it JSON, of a request that may have none."""
+    if not environ.get("CONTENT_LENGTH") and not environ.get("wsgi.input_terminated"):
+        return b""
+    # tritonclient leaves this header of an inference in the caller's dict of headers, and sends it along from then on.
+    return read_body({key: value for key, value in environ.items() if key != "HTTP_INFERENCE_HEADER_CONTENT_LENGTH"})[0]
 
 
 def pack(body: bytes, accept_encoding: str) -> tuple[bytes, str | None]:

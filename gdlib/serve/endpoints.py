@@ -187,8 +187,10 @@ class Endpoints:
 
 def _check_shared(exchange: Exchange, shared: bool) -> None:
     """What one of several processes knows or does would be a part of the truth."""
-    if exchange.environ.get("wsgi.multiprocess") and not shared:
-        message = "This server runs several processes that share nothing: give them a common folder, GDLIB_STATE_DIR, for this."
+    environ = exchange.environ
+    many = environ.get("wsgi.multiprocess") or environ.get("SERVER_SOFTWARE") == "Granian"  # which says False whatever it runs
+    if many and not shared:
+        message = "This server may run several processes, which share nothing: give them a common folder, GDLIB_STATE_DIR, for this."
         raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, message)
 
 

@@ -169,8 +169,8 @@ class Repository:
         """Take over what is unloaded from the file."""
         if self._state_file is None:
             return
-        self._state_stamp = _stamp_of(self._state_file)
-        if self._state_stamp is None:
+        stamp = _stamp_of(self._state_file)
+        if stamp is None:
             return
         try:
             names = json.loads(self._state_file.read_bytes())["unloaded"]
@@ -180,6 +180,7 @@ class Repository:
             logger.error("%s cannot be read, and what was unloaded before stays so: %s", self._state_file, error)
         else:
             self._set_unloaded(frozenset(names))
+        self._state_stamp = stamp  # only now: requests that find it out of date wait for the change, and do not see the models of before
 
     def _agree(self, change: Callable[[frozenset[str]], frozenset[str]]) -> None:
         """Change what is unloaded, here and for the other processes."""
