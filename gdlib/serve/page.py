@@ -34,8 +34,11 @@ _INDEX = "index.html"
 
 def handlers() -> dict[str, Callable[[Exchange], Answer]]:
     """The page's handlers by path."""
-    files = {file.name: file.read_bytes() for file in (resources.files("gdlib.serve") / "static").iterdir()}
-    answers = {name: Answer(body, 200, _TYPES[PurePosixPath(name).suffix], HEADERS) for name, body in files.items()}
+    answers = {}
+    for file in (resources.files("gdlib.serve") / "static").iterdir():
+        content_type = _TYPES.get(PurePosixPath(file.name).suffix)
+        if content_type is not None:  # not what an editor has left there
+            answers[file.name] = Answer(file.read_bytes(), 200, content_type, HEADERS)
     found: dict[str, Callable[[Exchange], Answer]] = {
         f"/static/{name}": partial(_give, answer) for name, answer in answers.items() if name != _INDEX
     }

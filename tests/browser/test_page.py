@@ -3,6 +3,7 @@
 GDLIB_SCREENSHOT=<path>.png writes a picture of the page to <path>.png, and of dark and narrow ones beside it.
 """
 
+import json
 import os
 import re
 import shlex
@@ -27,6 +28,14 @@ CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrom
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page's tests need Chromium: apt-get install chromium")
 QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 DATA = load_diabetes()
+FACTS = {
+    "feature_names": DATA.feature_names,
+    "feature_units": DATA.feature_units,
+    "feature_ranges": np.stack([DATA.X.min(axis=0), DATA.X.max(axis=0)], axis=1),
+    "target_names": ["progression"],
+    "target_units": ["score"],
+}
+MINUS = "\u2212"  # as people write it
 
 
 def diabetes_model():
@@ -50,11 +59,11 @@ def url(model, tmp_path_factory):
     from gdlib.serve.server import Server
 
     root = tmp_path_factory.mktemp("models")
-    ranges = np.stack([DATA.X.min(axis=0), DATA.X.max(axis=0)], axis=1)
-    facts = {"feature_names": DATA.feature_names, "feature_units": DATA.feature_units, "feature_ranges": ranges}
-    gdlib.save(model, root / "diabetes/1/model.safetensors", **facts, target_names=["progression"], target_units=["score"])
+    gdlib.save(model, root / "diabetes/1/model.safetensors", **FACTS)
     gdlib.save(gdlib.Sequential(gdlib.Linear(3, 4, seed=0), gdlib.ReLU(), gdlib.Linear(4, 2, seed=1)), root / "network/7/model.safetensors")
     gdlib.save(gdlib.Linear(70, 1, seed=0), root / "wide/1/model.safetensors")
+    names = {"feature_names": ["one" * 20, "two" * 20], "feature_units": ["unit" * 10, ""], "target_names": ["target" * 10]}
+    gdlib.save(gdlib.Linear(2, 1, seed=0), root / ("long" * 10) / "1/model.safetensors", **names)
     (root / "torn/1").mkdir(parents=True)
     (root / "torn/1/model.safetensors").write_bytes(b"torn")
     with Server(create_app(root), port=0) as server:
@@ -81,7 +90,8 @@ def visit(browser):
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
         page.on(
-            "console", lambda message: message.type in ("error", "warning") and not re.search(ignore, message.text) and problems.append(message.text)
+            "console",
+            lambda message: message.type in ("error", "warning") and not re.search(ignore, message.text) and problems.append(message.text),
         )
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: request.url.startswith(url.split("#")[0]) or problems.append(f"asked for {request.url}"))
@@ -96,7 +106,7 @@ def visit(browser):
 
 
 def shown_number(text):
-    return float(re.search(r"[−-]?\d+(\.\d+)?", text).group().replace("−", "-"))
+    return float(re.search(rf"{MINUS}?\d[\d,]*(\.\d+)?", text).group().replace(MINUS, "-").replace(",", ""))
 
 
 def violations(page):
@@ -114,11 +124,12 @@ def test_models_with_their_states(visit, url):
     page = visit(url)
     entries = page.locator("#models li")
     page.wait_for_selector("#models li")
-    assert [" ".join(text.split()) for text in entries.all_inner_texts()][:2] == ["diabetes version 1 ready", "network version 7 ready"]
+    shown = [" ".join(text.split()) for text in entries.all_inner_texts()]
+    assert (shown[0], shown[2]) == ("diabetes version 1 ready", "network version 7 ready")
     torn = page.locator("#models li", has_text="torn")
     assert "unavailable" in torn.inner_text()
     assert "save the model again" in torn.inner_text()
-    assert page.locator("#health").inner_text() == "3 of 4 ready"
+    assert page.locator("#health").inner_text() == "4 of 5 ready"
     page.get_by_role("button", name="network").click()
     page.wait_for_selector("#model-name:has-text('network')")
     assert page.url.endswith("#network/7")
@@ -147,9 +158,9 @@ def test_the_form_gives_the_models_answer_and_explains_it(visit, url, model):
     shown = {name: shown_number(part) for name, *_, part in rows}
     weight, bias = model.weight.data[0], float(model.bias.data[0])
     for name, part in zip(DATA.feature_names, weight * row, strict=True):
-        assert shown[name] == pytest.approx(part, rel=1e-3, abs=1e-3)
-    assert shown["constant"] == pytest.approx(bias, rel=1e-3)
-    assert sum(shown.values()) - shown["answer"] == pytest.approx(shown["answer"], rel=1e-2)
+        assert shown[name] == pytest.approx(part, abs=0.051)
+    assert shown["constant"] == pytest.approx(bias, abs=0.051)
+    assert sum(shown.values()) - shown["answer"] == pytest.approx(shown["answer"], abs=0.6)
     assert [abs(shown[name]) for name, *_ in rows[:10]] == sorted((abs(shown[name]) for name, *_ in rows[:10]), reverse=True)
     largest = rows[0][0]
     share = abs(shown[largest]) / max(abs(shown[largest]), abs(bias))
@@ -217,7 +228,7 @@ def test_a_wide_model_is_asked_in_json_and_errors_are_told_in_words(visit, url):
 def test_values_beyond_the_data_are_marked_and_reset_undoes(visit, url):
     page = visit(url)
     page.get_by_label("age").fill("120")
-    assert page.locator("#hint-0").inner_text() == "outside what it learnt from, 19 to 79"
+    assert page.locator("#hint-0").inner_text() == "outside 19 to 79"
     page.get_by_role("button", name="Reset").click()
     assert page.get_by_label("age").input_value() == "49"
 
@@ -237,13 +248,32 @@ def test_by_keyboard_alone(visit, url):
     for _ in range(60):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
-    assert {"feature-9", "reset", "copy-curl", "curl", "copy-python", "python", "SUMMARY"} <= reached
+    assert {"feature-9", "reset", "copy-curl", "copy-python", "SUMMARY"} <= reached
+
+
+@pytest.fixture(scope="module")
+def used_url(model, tmp_path_factory):
+    """A server as it may look in use: three models, and some hundred requests of different sizes."""
+    from gdlib.serve.app import create_app
+    from gdlib.serve.server import Server
+
+    root = tmp_path_factory.mktemp("models")
+    network = gdlib.Sequential(gdlib.Linear(10, 8, seed=0), gdlib.Tanh(), gdlib.Linear(8, 1, seed=1))
+    for place, made in {"diabetes/1": model, "diabetes/2": model, "diabetes-network/1": network}.items():
+        gdlib.save(made, root / place / "model.safetensors", **FACTS)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with Server(create_app(root), port=0) as server:
+        for rows in [1, 1, 2, 1, 1, 4, 1, 40, 1, 1] * 20 + [400] * 5:
+            data = DATA.X[:rows].ravel().tolist()
+            body = {"inputs": [{"name": "input", "shape": [len(DATA.X[:rows]), 10], "datatype": "FP32", "data": data}]}
+            opener.open(f"{server.url}/v2/models/diabetes/versions/2/infer", data=json.dumps(body).encode(), timeout=20).read()
+        yield server.url
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
-def test_accessible_in_light_and_dark_wide_and_narrow(visit, url, scheme, width):
-    page = visit(url, color_scheme=scheme, viewport={"width": width, "height": 900})
+def test_accessible_in_light_and_dark_wide_and_narrow(visit, used_url, scheme, width, tmp_path):
+    page = visit(f"{used_url}/#diabetes/2", color_scheme=scheme, viewport={"width": width, "height": 900})
     predict(page)
     for summary in page.locator("summary").all():
         summary.click()
@@ -253,10 +283,116 @@ def test_accessible_in_light_and_dark_wide_and_narrow(visit, url, scheme, width)
     assert (sum(map(int, re.findall(r"\d+", ground))) < 384) == (scheme == "dark")
     for summary in page.locator("summary").all():
         summary.click()
-    wanted = os.environ.get("GDLIB_SCREENSHOT")
-    if wanted:
-        path = Path(wanted).resolve()
-        suffix = "".join([f"-{scheme}"] * (scheme != "light") + [f"-{width}"] * (width != 1280))
-        page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
-        page.mouse.move(0, 0)
-        page.screenshot(path=path.with_name(f"{path.stem}{suffix}.png"), full_page=True)
+    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    page.mouse.move(0, 0)
+    wanted = Path(os.environ.get("GDLIB_SCREENSHOT", tmp_path / "page.png")).resolve()
+    suffix = "".join([f"-{scheme}"] * (scheme != "light") + [f"-{width}"] * (width != 1280))
+    page.screenshot(path=wanted.with_name(f"{wanted.stem}{suffix}.png"), full_page=True)
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_long_names_fit(visit, url, width):
+    page = visit(f"{url}/#{'long' * 10}/1", viewport={"width": width, "height": 900})
+    page.wait_for_selector("label:has-text('oneone')")
+    predict(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_server_with_keys_asks_for_one(visit, model, tmp_path):
+    from gdlib.serve.app import create_app
+    from gdlib.serve.keys import add_key
+    from gdlib.serve.server import Server
+
+    gdlib.save(model, tmp_path / "models/diabetes/1/model.safetensors")
+    key = add_key(tmp_path / "keys.json", "page", ["models:*"])
+    with Server(create_app(tmp_path / "models", keys=tmp_path / "keys.json"), port=0) as server:
+        page = visit(server.url, ready="#key", ignore="401|403")  # the browser itself reports every refusal
+        assert "wants an access key" in page.locator("#notice").inner_text()
+        assert violations(page) == []
+        page.get_by_label("Access key").fill("wrong")
+        page.get_by_label("Access key").press("Enter")
+        page.wait_for_selector("#notice:has-text('does not know this key')")
+        page.get_by_label("Access key").fill(key)
+        page.get_by_label("Access key").press("Enter")
+        page.wait_for_selector("#feature-9")
+        page.get_by_role("button", name="Predict").click()
+        page.wait_for_selector("#answer .value")
+        assert page.locator("#notice").is_hidden()
+        page.wait_for_selector("#latency-note:has-text('metrics')")  # a scope that the key lacks
+        page.wait_for_selector("#counts:has-text('answered')")
+        assert key not in page.content()
+        assert "Bearer $GDLIB_KEY" in page.locator("#curl").inner_text()
+        program = page.locator("#python").inner_text()
+        ran = subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"GDLIB_KEY": key}, capture_output=True, text=True, check=True
+        )
+        assert ran.stdout.startswith("output [")
+        assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+
+
+def test_a_model_that_is_replaced_is_explained_anew(visit, tmp_path):
+    from gdlib.serve.app import App
+    from gdlib.serve.repository import Repository
+    from gdlib.serve.server import Server
+
+    path = tmp_path / "m/1/model.safetensors"
+    line = gdlib.Linear(1, 1, dtype=np.float64)
+    line.load_state_dict({"weight": [[2.0]], "bias": [1.0]})
+    gdlib.save(line, path, feature_ranges=[[3, 3]])
+    repository = Repository(tmp_path, settle_seconds=0.0)
+    with Server(App(repository), port=0) as server:
+        page = visit(server.url)
+        predict(page)
+        assert page.locator(".contributions td:last-child").all_inner_texts() == ["+6.000", "+1.000", "7.000"]
+        line.load_state_dict({"weight": [[-5.0]], "bias": [1.0]})
+        gdlib.save(line, path)
+        repository.refresh()
+        page.get_by_role("button", name="Predict").click()
+        page.wait_for_selector(f".contributions:has-text('{MINUS}15.00')")
+        assert page.locator("#answer .value").inner_text() == f"{MINUS}14"
+        shutil.rmtree(path.parent)
+        repository.refresh()
+        repository.refresh()
+        page.wait_for_selector("#notice:has-text('not available any more')")
+
+
+def test_a_model_with_several_inputs(visit, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="makes an ONNX model")
+    pytest.importorskip("onnxruntime", reason="ONNX models are computed by onnxruntime")
+    from gdlib.serve.app import create_app
+    from gdlib.serve.server import Server
+
+    helper, FLOAT = onnx.helper, onnx.TensorProto.FLOAT
+    tensors = [helper.make_tensor_value_info(name, FLOAT, [None, 2]) for name in ("left's", "right", "sum")]
+    graph = helper.make_graph([helper.make_node("Add", ["left's", "right"], ["sum"])], "add", tensors[:2], tensors[2:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (tmp_path / "add/1").mkdir(parents=True)
+    onnx.save(made, tmp_path / "add/1/model.onnx")
+    with Server(create_app(tmp_path), port=0) as server:
+        page = visit(server.url, ready="#inputs")
+        box = page.get_by_label("Inputs, as JSON")
+        box.fill(box.input_value().replace("[0,0]", "[1.5,-4]", 1))
+        predict(page)
+        assert page.locator("#answer dt").all_inner_texts() == ["sum 0", "sum 1"]
+        assert page.locator("#answer .value").all_inner_texts() == ["1.5", f"{MINUS}4"]
+        assert violations(page) == []
+        command = shlex.split(page.locator("#curl").inner_text().replace("\\\n", " "))
+        assert '"name":"left\'s"' in command[-1]
+
+
+def test_under_a_mount_point(visit, model, tmp_path):
+    from gdlib.serve.app import create_app
+    from gdlib.serve.server import Server
+
+    gdlib.save(model, tmp_path / "diabetes/1/model.safetensors")
+    app = create_app(tmp_path)
+
+    def mounted(environ, start_response):
+        assert environ["PATH_INFO"].startswith("/deep/predictor")
+        inner = environ | {"SCRIPT_NAME": "/deep/predictor", "PATH_INFO": environ["PATH_INFO"].removeprefix("/deep/predictor")}
+        return app(inner, start_response)
+
+    with Server(mounted, port=0) as server:
+        page = visit(f"{server.url}/deep/predictor")
+        predict(page)
+        assert page.url == f"{server.url}/deep/predictor/#diabetes/1"

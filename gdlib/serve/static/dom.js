@@ -20,11 +20,21 @@ export function number(value, digits = 6) {
   if (value === null || value === undefined) return "not a number";
   if (typeof value !== "number") return String(value);
   const size = Math.abs(value);
-  const text = size !== 0 && (size >= 1e9 || size < 1e-4) ? value.toExponential(Math.min(digits, 4) - 1) : String(Number(value.toPrecision(digits)));
+  const small = size !== 0 && (size >= 1e9 || size < 1e-4);
+  const text = small ? value.toExponential(Math.min(digits, 4) - 1) : value.toLocaleString("en", { maximumSignificantDigits: digits, useGrouping: size >= 1e4 });
   return text.replaceAll("-", "−");
 }
 
-export const signed = (value, digits) => (value > 0 ? "+" : "") + number(value, digits);
+// Formats numbers of which the largest is `most` with equally many decimals, so that they stand one below the other.
+export function column(most) {
+  const decimals = 3 - Math.floor(Math.log10(most));
+  if (!(decimals >= -5 && decimals <= 7)) return (value) => number(value, 4);
+  const digits = Math.max(0, decimals);
+  const style = { minimumFractionDigits: digits, maximumFractionDigits: digits, useGrouping: most >= 1e4, signDisplay: "negative" };
+  return (value) => value.toLocaleString("en", style).replace("-", "−");
+}
+
+export const signed = (value, format) => (value > 0 ? "+" : "") + format(value);
 export const count = (value) => value.toLocaleString("en");
 
 // Seconds in the unit that suits them.

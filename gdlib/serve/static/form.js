@@ -28,7 +28,7 @@ function field(name, unit, range, whole, i) {
   });
   const show = () => {
     const outside = range && input.value !== "" && (Number(input.value) < range[0] || Number(input.value) > range[1]);
-    hint.textContent = range ? `${outside ? "outside what it learnt from, " : ""}${number(range[0])} to ${number(range[1])}` : "";
+    hint.textContent = range ? `${outside ? "outside " : ""}${number(range[0])} to ${number(range[1])}` : "";
     hint.classList.toggle("outside", Boolean(outside));
   };
   input.addEventListener("input", show);
@@ -46,6 +46,7 @@ function fieldsOf({ inputs, parameters = {} }) {
     field(names?.[i] ?? `x${i}`, units?.[i] ?? "", ranges?.[i] ?? null, datatype.includes("INT"), i));
   const boxes = features.map((feature) => feature.querySelector("input"));
   read = () => [{ name, shape: [1, shape[1]], datatype, data: boxes.map((box) => Number(box.value)) }];
+  $("form-note").textContent = ranges ? "Below each field: the values that the model has learnt from." : "";
   return features;
 }
 
@@ -61,6 +62,7 @@ function textOf({ inputs, parameters = {} }) {
   const box = h("textarea", { id: "inputs", rows: Math.min(14, 4 + 2 * lines.length), spellcheck: "false", "aria-describedby": "inputs-hint" });
   box.value = `[\n${lines.join(",\n")}\n]`;
   read = () => JSON.parse(box.value);
+  $("form-note").textContent = "";
   return [h("div", { class: "field wide" },
     h("label", { for: "inputs" }, "Inputs, as JSON"), box,
     h("span", { class: "hint", id: "inputs-hint" }, "A list of tensors, each with name, shape, datatype and data."))];

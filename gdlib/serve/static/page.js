@@ -2,18 +2,19 @@
 
 import * as api from "./api.js";
 import { bar, curve, histogram } from "./charts.js";
-import { $, count, describe, duration, h, number, signed, table } from "./dom.js";
+import { $, column, count, describe, duration, h, number, signed, table } from "./dom.js";
 import * as form from "./form.js";
 
 const EVERY = 2000; // milliseconds between two looks at the server
-const MAX_SHOWN = 20; // values of an output, and contributions of an answer before "all"
+const MAX_SHOWN = 20; // values of an output
 
 let models = [];
 let chosen = null; // {name, version} of the model on the page
 let metadata = null;
 let last = null; // {x, outputs} of the last answer
 let known = ""; // what the list of models was made from
-let counted = "";
+let counted = ""; // what the counts were drawn from
+let refusals = {}; // why the server tells no counts or times, under this key
 
 const same = (a, b) => a !== null && b !== null && a.name === b.name && a.version === b.version;
 const isLinear = () => Array.isArray(metadata?.parameters?.weight);
@@ -113,15 +114,13 @@ async function predict(event) {
     if (isLinear() && !addsUp(0)) metadata = await api.metadata(model); // the file was replaced
     showAnswer(elapsed);
     showContributions();
-    await showCounts();
   } catch (error) {
-    if (error.status === 401) $("key-form").hidden = false;
-    if (error.status === undefined) throw error;
+    if (error.status === undefined) throw error; // the page's own mistake
     sayError(error.message);
   } finally {
     $("answer").removeAttribute("aria-busy");
   }
-  return undefined;
+  return showCounts().catch(fail);
 }
 
 function sayError(text) {
@@ -167,10 +166,11 @@ function showContributions() {
   const unit = targetUnit(k);
   parts.sort((a, b) => Math.abs(b.part) - Math.abs(a.part));
   const most = Math.max(Math.abs(constant), ...parts.map(({ part }) => Math.abs(part))) || 1;
-  const rows = parts.map(({ name, j, x, part }) => [name, `${number(x)} ${units?.[j] ?? ""}`.trim(), bar(part / most), signed(part, 4)]);
-  rows.push(["constant", "", bar(constant / most), signed(constant, 4)]);
-  rows.push([h("strong", {}, "answer"), "", "", h("strong", {}, number(last.outputs[0].data[k], 6))]);
-  const made = table(`What each feature adds to ${targetName(k)}`, ["feature", "value", "adds or takes away", unit ? `contribution, ${unit}` : "contribution"], rows);
+  const format = column(most);
+  const rows = parts.map(({ name, j, x, part }) => [name, `${number(x)} ${units?.[j] ?? ""}`.trim(), bar(part / most), signed(part, format)]);
+  rows.push(["constant", "", bar(constant / most), signed(constant, format)]);
+  rows.push([h("strong", {}, "answer"), "", "", h("strong", {}, format(last.outputs[0].data[k]))]);
+  const made = table(`What each feature adds to ${targetName(k)}`, ["feature", "value", "takes away · adds", unit || "amount"], rows);
   made.className = "contributions";
   $("contributions").replaceChildren(made);
 }
@@ -197,33 +197,38 @@ async function copy(id, what) {
 
 // ---- what the server has done, and how the model learnt
 
+// What the server tells, or null where it refuses to: then it is not asked again, since it would say the same every time.
+async function unlessRefused(what, question) {
+  if (refusals[what]) return null;
+  try {
+    return await question(chosen);
+  } catch (error) {
+    if (error.status !== 403 && error.status !== 501) throw error;
+    refusals[what] = error.message;
+    return null;
+  }
+}
+
 async function showCounts() {
   const model = chosen;
-  try {
-    const [statistics, buckets] = await Promise.all([api.statistics(model), api.latency(model)]);
-    if (!same(model, chosen)) return;
-    const now = JSON.stringify([statistics, buckets]);
-    if (now !== counted) drawCounts(statistics, buckets);
-    counted = now;
-  } catch (error) {
-    if (error.status === 0 || error.status === 401) throw error;
-    counted = "";
-    $("counts").replaceChildren();
-    $("latency").hidden = $("latency-details").hidden = true;
-    $("latency-note").textContent = error.message;
-  }
+  const statistics = await unlessRefused("counts", api.statistics);
+  const buckets = await unlessRefused("times", api.latency);
+  if (!same(model, chosen)) return;
+  const now = JSON.stringify([statistics, buckets]);
+  if (now !== counted) drawCounts(statistics, buckets ?? []);
+  counted = now;
 }
 
 function drawCounts(statistics, buckets) {
   const { success = { count: 0, ns: 0 }, fail: failed = { count: 0 } } = statistics?.inference_stats ?? {};
-  describe($("counts"), [
+  describe($("counts"), refusals.counts ? [] : [
     ["answered", count(success.count)], ["failed", count(failed.count)], ["rows", count(statistics?.inference_count ?? 0)],
     ["mean time", success.count ? duration(success.ns / success.count / 1e9) : "–"],
   ]);
   const total = buckets.reduce((sum, [, n]) => sum + n, 0);
   $("latency").hidden = $("latency-details").hidden = total === 0;
   if (total === 0) {
-    $("latency-note").textContent = "No requests yet. Their times appear here as they come.";
+    $("latency-note").textContent = refusals.counts ?? refusals.times ?? "No requests yet. Their times appear here as they come.";
     return;
   }
   const within = (share) => {
@@ -305,6 +310,8 @@ $("copy-python").addEventListener("click", () => copy("python", "program"));
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   api.setKey($("key").value);
+  refusals = {};
+  counted = "";
   look();
 });
 document.addEventListener("visibilitychange", () => document.hidden || look());
