@@ -100,6 +100,9 @@ class Model(Module):
     _seen: tuple[Arena, int] | None = None  # by the prediction before
     feature_names: list[str] | None = None
     target_names: list[str] | None = None
+    feature_units: list[str] | None = None  # "" where there is none
+    target_units: list[str] | None = None
+    feature_ranges: list[list[float]] | None = None  # [lowest, highest] in the data that it learnt from
     training_summary: dict[str, Any] | None = None  # of the fit that these parameters come from; saved with the model
 
     def architecture(self) -> list[LayerTuple]:

@@ -58,6 +58,8 @@ class StandardScaler:
     def fold_into(self, model: _Model) -> _Model:
         """A model of raw x that answers as `model` does of z: in its first layer W' = W / scale, b' = b - W' mean.
 
+        Its `feature_ranges`, if it has any, are taken for those of z, and become those of x.
+
         Raises ValueError without a bias there, and for a Sequential whose first layer is not a Linear.
         """
         self._require_fitted()
@@ -74,4 +76,7 @@ class StandardScaler:
         first.load_state_dict(state)
         folded.zero_grad()
         folded.training_summary = model.training_summary
+        if model.feature_ranges is not None:
+            ranges = np.asarray(model.feature_ranges) * self.scale_[:, None] + self.mean_[:, None]
+            folded.feature_ranges = ranges.tolist()
         return folded

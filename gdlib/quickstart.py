@@ -45,7 +45,10 @@ def _train(data: Dataset, train: np.ndarray) -> tuple[Linear, History]:
         progress=True,
     )
     model.feature_names, model.target_names = data.feature_names, [data.target_name]
-    return scaler.fold_into(model), history  # takes raw measurements from here on
+    model.feature_units, model.target_units = data.feature_units, [data.target_unit]
+    model = scaler.fold_into(model)  # takes raw measurements from here on
+    model.feature_ranges = np.stack([data.X[train].min(axis=0), data.X[train].max(axis=0)], axis=1).tolist()
+    return model, history
 
 
 def _ask(port: int, row: np.ndarray) -> tuple[dict[str, object], float]:

@@ -1,4 +1,4 @@
-"""Model files: safetensors with the architecture, names and training summary in the metadata; written whole or not at all.
+"""Model files: safetensors with the architecture, names, units, ranges and training summary in the metadata; written whole or not at all.
 
 What only these calls need is imported by them: `import gdlib` stays quick.
 """
@@ -6,7 +6,7 @@ What only these calls need is imported by them: `import gdlib` stays quick.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gdlib import validation
@@ -16,9 +16,20 @@ from gdlib.nn import Linear, ReLU, Sequential, Sigmoid, Tanh
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy.typing as npt
+
 FORMAT = "gdlib"
 FORMAT_VERSION = "1"
 _ACTIVATIONS = {layer.__name__: layer for layer in (ReLU, Tanh, Sigmoid)}
+
+# What a model says of itself, by attribute and key of the metadata: each checked against its sizes, or None.
+_FACTS: dict[str, Callable[[Model, Any], Any]] = {
+    "feature_names": lambda model, names: validation.as_names(names, model.in_features, "feature_names"),
+    "target_names": lambda model, names: validation.as_names(names, model.out_features, "target_names"),
+    "feature_units": lambda model, units: validation.as_units(units, model.in_features, "feature_units"),
+    "target_units": lambda model, units: validation.as_units(units, model.out_features, "target_units"),
+    "feature_ranges": lambda model, ranges: validation.as_ranges(ranges, model.in_features, "feature_ranges"),
+}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -47,11 +58,16 @@ def save(
     *,
     feature_names: Sequence[str] | None = None,
     target_names: Sequence[str] | None = None,
+    feature_units: Sequence[str] | None = None,
+    target_units: Sequence[str] | None = None,
+    feature_ranges: npt.ArrayLike | None = None,
 ) -> None:
-    """Write the model to a safetensors file, with its architecture, names and training summary; folders are made as needed.
+    """Write the model to a safetensors file, with what it says of itself and its training summary; folders are made as needed.
 
-    Names default to those that the model has. The file appears whole or not at all. Raises ValueError for a wrong number of names and
-    for parameters that are not finite, OSError when the file cannot be written.
+    Names, units ("" for none) and ranges default to those that the model has. `feature_ranges` [in_features, 2] holds the lowest and
+    the highest value of each feature in the training data, such as np.stack([X.min(axis=0), X.max(axis=0)], axis=1). The file appears whole
+    or not at all. Raises ValueError for a wrong number of them and for parameters that are not finite, OSError when the file cannot be
+    written.
     """
     import json
     from pathlib import Path
@@ -63,15 +79,20 @@ def save(
     state = model.state_dict()
     for name, values in state.items():
         validation.require_finite(values, values, name)
-    features = validation.as_names(feature_names if feature_names is not None else model.feature_names, model.in_features, "feature_names")
-    targets = validation.as_names(target_names if target_names is not None else model.target_names, model.out_features, "target_names")
+    given = {
+        "feature_names": feature_names,
+        "target_names": target_names,
+        "feature_units": feature_units,
+        "target_units": target_units,
+        "feature_ranges": feature_ranges,
+    }
+    facts = {name: check(model, getattr(model, name) if given[name] is None else given[name]) for name, check in _FACTS.items()}
     architecture = _describe(model) | {"dtype": model.dtype.name}
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "architecture": json.dumps(architecture),
-        "feature_names": json.dumps(features),
-        "target_names": json.dumps(targets),
+        **{name: json.dumps(value) for name, value in facts.items()},
         "training": json.dumps(model.training_summary),
     }
     path = Path(path)
@@ -80,7 +101,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> Model:
-    """Read a model that `save` wrote, names and training summary included.
+    """Read a model that `save` wrote, what it says of itself and training summary included.
 
     Raises FileNotFoundError, and ValueError for a file that is truncated, is no safetensors file, was not written by gdlib, or does not
     hold what its architecture says; OSError when it cannot be read.
@@ -167,8 +188,8 @@ def _build(metadata: dict[str, str], file: Any) -> Model:
     for name, values in state.items():
         validation.require_finite(values, values, name)
     model.load_state_dict(state)
-    model.feature_names = validation.as_names(json.loads(metadata["feature_names"]), model.in_features, "feature_names")
-    model.target_names = validation.as_names(json.loads(metadata["target_names"]), model.out_features, "target_names")
+    for name, check in _FACTS.items():
+        setattr(model, name, check(model, json.loads(metadata.get(name, "null"))))  # older files lack units and ranges
     training = json.loads(metadata["training"])
     if training is not None and not isinstance(training, dict):
         raise ValueError("its training summary is no object")

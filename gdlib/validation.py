@@ -145,3 +145,32 @@ def as_names(names: Sequence[str] | None, count: int, what: str) -> list[str] | 
     if len(set(result)) != count:
         raise ValueError(f"{what} names one thing twice: {result}.")
     return result
+
+
+def as_units(units: Sequence[str] | None, count: int, what: str) -> list[str] | None:
+    """`count` units, "" for none, or None. Raises TypeError and ValueError."""
+    if units is None:
+        return None
+    if isinstance(units, str):
+        raise TypeError(f"{what} is the text {units!r}; a list of {count} units is wanted.")
+    result = list(units)
+    for unit in result:
+        if not isinstance(unit, str):
+            raise TypeError(f'{what} holds {unit!r}; texts are wanted, "" for no unit.')
+    if len(result) != count:
+        raise ValueError(f'{what} has {len(result)} units; {count} are wanted, "" for no unit.')
+    return result
+
+
+def as_ranges(ranges: Any, count: int, what: str) -> list[list[float]] | None:
+    """`count` pairs [lowest, highest] of finite numbers, or None. Raises TypeError and ValueError."""
+    if ranges is None:
+        return None
+    array = as_array(ranges, what)
+    if array.shape != (count, 2):
+        raise ValueError(f"{what} has shape {array.shape}; [{count}, 2] is wanted, the lowest and the highest value of each.")
+    pairs: list[list[float]] = array.astype(np.float64).tolist()
+    for i, (low, high) in enumerate(pairs):
+        if not -np.inf < low <= high < np.inf:
+            raise ValueError(f"{what} holds [{low}, {high}] at {i}; two finite numbers are wanted, the lower one first.")
+    return pairs

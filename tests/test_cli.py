@@ -28,6 +28,8 @@ def test_quickstart_does_the_whole_job(tmp_path, monkeypatch, capsys):
     model = gdlib.load(tmp_path / "models/diabetes/1/model.safetensors")
     data = load_diabetes()
     assert model.feature_names == data.feature_names
+    assert (model.feature_units, model.target_units) == (data.feature_units, [data.target_unit])
+    assert model.feature_ranges[0] == [19, 79]
     residual = model.predict(data.X)[:, 0] - data.y  # raw measurements: the standardisation is in the weights
     assert 1 - np.square(residual).sum() / np.square(data.y - data.y.mean()).sum() > 0.5
     assert model.training_summary["epochs"] == 100

@@ -29,6 +29,10 @@ def test_folding_answers_raw_rows_as_the_model_answers_standardised_ones():
     folded = scaler.fold_into(model)
     np.testing.assert_allclose(folded.predict(X), model.predict(scaler.transform(X)), rtol=1e-9)
     assert folded.feature_names == model.feature_names
+    z = scaler.transform(X)
+    model.feature_ranges = np.stack([z.min(axis=0), z.max(axis=0)], axis=1).tolist()
+    raw = np.stack([X.min(axis=0), X.max(axis=0)], axis=1)
+    np.testing.assert_allclose(scaler.fold_into(model).feature_ranges, raw, rtol=1e-9)
     with pytest.raises(ValueError, match="bias"):
         scaler.fold_into(Linear(4, 1, bias=False))
     with pytest.raises(ValueError, match="3 features"):

@@ -43,6 +43,42 @@ def test_names_are_checked(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+FACTS = {"feature_units": ["kg/m²", ""], "target_units": ["score"], "feature_ranges": [[18.0, 42.2], [-1.0, -1.0]]}
+
+
+def test_units_and_ranges_come_back(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save(Linear(2, 1, seed=0), path, **FACTS | {"feature_ranges": np.array(FACTS["feature_ranges"], np.float32)})
+    again = load(path)
+    assert again.feature_units == FACTS["feature_units"]
+    assert again.target_units == FACTS["target_units"]
+    assert again.feature_ranges == np.array(FACTS["feature_ranges"], np.float32).tolist()
+    save(again, path)  # they are kept
+    assert load(path).feature_units == FACTS["feature_units"]
+    save(Linear(2, 1, seed=0), path)
+    assert [getattr(load(path), name) for name in FACTS] == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"feature_units": "kg"}, TypeError, "feature_units is the text 'kg'"),
+        ({"feature_units": ["kg"]}, ValueError, "feature_units has 1 units; 2 are wanted"),
+        ({"feature_units": ["kg", None]}, TypeError, "feature_units holds None; texts are wanted"),
+        ({"target_units": ["m", "s"]}, ValueError, "target_units has 2 units; 1 are wanted"),
+        ({"feature_ranges": [[0, 1]]}, ValueError, r"feature_ranges has shape \(1, 2\); \[2, 2\] is wanted"),
+        ({"feature_ranges": [[0, 1], [2, 1]]}, ValueError, r"feature_ranges holds \[2.0, 1.0\] at 1"),
+        ({"feature_ranges": [[0, np.inf], [0, 1]]}, ValueError, "two finite numbers"),
+        ({"feature_ranges": [[np.nan, 1], [0, 1]]}, ValueError, "two finite numbers"),
+        ({"feature_ranges": [["a", "b"], ["c", "d"]]}, TypeError, "feature_ranges holds text"),
+    ],
+)
+def test_units_and_ranges_are_checked(tmp_path, given, error, words):
+    with pytest.raises(error, match=words):
+        save(Linear(2, 1), tmp_path / "m", **given)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
     save(Linear(2, 1, seed=0), path)
@@ -105,6 +141,10 @@ GOOD = {"weight": np.zeros((1, 2), np.float32), "bias": np.zeros(1, np.float32)}
         (GOOD, header_with(architecture="[" * 100_000), "does not hold"),
         (GOOD, header_with(architecture='{"type": "Conv"}'), "unknown layer 'Conv'"),
         (GOOD, header_with(feature_names='["a"]'), "feature_names"),
+        (GOOD, header_with(feature_units='["kg"]'), "feature_units"),
+        (GOOD, header_with(target_units="[1]"), "target_units"),
+        (GOOD, header_with(feature_ranges="[[0, 1], [NaN, 1]]"), "feature_ranges"),
+        (GOOD, header_with(feature_ranges='{"a": 1}'), "feature_ranges"),
         (GOOD, header_with(training="[]"), "training summary"),
         (GOOD, header_with(architecture='{"type": "ReLU", "dtype": "float32"}'), "belong"),
         ({}, header_with(architecture='{"type": "ReLU", "dtype": "float32"}'), "lone ReLU"),
@@ -134,6 +174,7 @@ def test_the_good_header_is_good(tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(to_bytes(GOOD, metadata=header_with()))
     assert load(path).in_features == 2
+    assert load(path).feature_units is None  # as files were before they held units and ranges
 
 
 def test_no_file_and_no_safetensors_file(tmp_path):

@@ -9,12 +9,14 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Dataset:
-    """`X` [rows, features] and `y` [rows], with their names; float64, as measured."""
+    """`X` [rows, features] and `y` [rows], with their names and units ("" for none); float64, as measured."""
 
     X: npt.NDArray[np.float64]
     y: npt.NDArray[np.float64]
     feature_names: list[str]
     target_name: str
+    feature_units: list[str]
+    target_unit: str
 
 
 def load_diabetes() -> Dataset:
@@ -28,4 +30,5 @@ def load_diabetes() -> Dataset:
     header, *lines = text.splitlines()
     table = np.array([[float(value) for value in line.split(",")] for line in lines])
     names = header.split(",")
-    return Dataset(table[:, :-1].copy(), table[:, -1].copy(), names[:-1], names[-1])
+    units = ["years", "", "kg/m²", "mmHg", "mg/dl", "mg/dl", "mg/dl", "", "log mg/dl", "mg/dl"]
+    return Dataset(table[:, :-1].copy(), table[:, -1].copy(), names[:-1], names[-1], units, "score")

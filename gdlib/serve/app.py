@@ -19,6 +19,7 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 
 import orjson
 
+from gdlib.serve import page
 from gdlib.serve.access_log import AccessLog, RequestIds
 from gdlib.serve.background import Background
 from gdlib.serve.batching import load_batched
@@ -132,6 +133,7 @@ class App:
             "/v2/repository/index": Route(POST, to.index),
             "/metrics": Route(GET, to.prometheus),
             "/openapi.json": Route(GET, to.openapi, open=True),
+            **{path: Route(GET, handler, open=True) for path, handler in page.handlers().items()},
         }
         self._model_routes = {
             None: (GET, to.metadata),

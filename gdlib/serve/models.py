@@ -11,7 +11,9 @@ from gdlib.serve.protocol import Signature, places
 from gdlib.serve.tensors import DATATYPE_NAMES, ProtocolError, TensorSpec, check_finite
 
 INPUT_NAME, OUTPUT_NAME = "input", "output"
+MAX_WEIGHTS = 10_000  # of a linear model that tells them: 200 KB as text
 Arrays = dict[str, NDArray[Any]]
+_FACTS = ("feature_units", "target_units", "feature_ranges")  # that a predictor may have besides its names
 
 
 class ServedModel(Protocol):
@@ -50,9 +52,10 @@ class NativeModel:
             (TensorSpec(OUTPUT_NAME, self._datatype, (-1, model.out_features)),),
             model.feature_names,
         )
-        names = {"feature_names": model.feature_names, "target_names": model.target_names}
         self._where = places(self.signature.inputs[0], model.feature_names)
-        self.parameters = {key: value for key, value in names.items() if value is not None}
+        facts = {name: getattr(model, name, None) for name in ("feature_names", "target_names", *_FACTS)}
+        facts["training"] = getattr(model, "training_summary", None)
+        self.parameters = {key: value for key, value in facts.items() if value is not None} | _weights(model)
 
     def predict(self, arrays: Arrays) -> Arrays:
         try:
@@ -62,6 +65,15 @@ class NativeModel:
             raise
         except ArithmeticError:  # finite input, infinite output
             raise ProtocolError(f"An output is too large for {self._datatype}: send smaller values.") from None
+
+
+def _weights(model: Predictor) -> dict[str, Any]:
+    """`weight` [out][in] and `bias` [out] of a model that is one linear layer of a moderate size: what explains its answers."""
+    layers: list[Any] = getattr(model, "architecture", list)()
+    if [layer[0] for layer in layers] != ["linear"] or model.in_features * model.out_features > MAX_WEIGHTS:
+        return {}
+    weight, *bias = getattr(model, "state_dict", dict)().values()
+    return {"weight": weight.tolist(), "bias": bias[0].tolist() if bias else [0.0] * model.out_features}
 
 
 def load_native(path: Path) -> ServedModel:
