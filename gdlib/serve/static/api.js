@@ -42,7 +42,6 @@ function words(status, text) {
 const get = async (path) => JSON.parse(await send(path));
 const post = async (path, body) => JSON.parse(await send(path, { method: "POST", body }));
 
-export const server = () => get("v2");
 export const index = () => post("v2/repository/index", "");
 export const metadata = (model) => get(modelPath(model));
 export const infer = (model, body) => post(`${modelPath(model)}/infer`, JSON.stringify(body));
