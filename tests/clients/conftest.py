@@ -35,11 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 def server(request: pytest.FixtureRequest, folder: Callable[[], Path]) -> Iterator[Running]:
     """One process of each kind, without keys."""
     path = folder()
-    with Running(ONE[request.param], path / "models", path / "log", state_dir=path / "state") as running:
+    settings = {} if request.param == "waitress" else {"state_dir": path / "state"}
+    with Running(ONE[request.param], path / "models", path / "log", **settings) as running:
         yield running
 
 
-@pytest.fixture(scope="session", params=[kind for kind in ONE if kind != "waitress"])
+@pytest.fixture(scope="session", params=ONE)
 def keyed(request: pytest.FixtureRequest, folder: Callable[[], Path]) -> Iterator[Keyed]:
     """One process of each kind, with keys, one of which may load and unload."""
     path = folder()

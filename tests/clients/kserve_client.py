@@ -20,11 +20,12 @@ def tensor(name: str, datatype: str, values: np.ndarray, binary: bool) -> InferI
 async def refused(status: int, text: str, request: object) -> None:
     try:
         await request
-    except httpx.HTTPStatusError as error:
-        assert error.response.status_code == status, error
-        assert text in str(error), error
+    except httpx.HTTPStatusError as raised:
+        error = raised
     else:
         raise AssertionError(f"{status} is wanted")
+    assert error.response.status_code == status, error
+    assert text in str(error), error
 
 
 async def check(url: str) -> None:
@@ -43,7 +44,10 @@ async def check(url: str) -> None:
                 assert answer.model_name == "house", answer
                 assert answer.outputs[0].as_numpy().tolist() == [[165], [255]], answer
                 assert headers["content-type"] == ("application/octet-stream" if binary_out else "application/json"), headers
-            columns = [tensor("rooms", "INT32", np.array([2, 3], np.int32), binary_in), tensor("area", "FP32", ROWS[:, 0].copy(), binary_in)]
+            columns = [
+                tensor("rooms", "INT32", np.array([2, 3], np.int32), binary_in),
+                tensor("area", "FP32", ROWS[:, 0].copy(), binary_in),
+            ]
             answer = await client.infer(url, InferRequest("house", columns), model_name="house")
             assert answer.outputs[0].as_numpy().tolist() == [[165], [255]], answer
             inputs = [

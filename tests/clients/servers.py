@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,10 +43,7 @@ ONE, SEVERAL = _commands("One process"), _commands("Several processes")
 
 
 def _skip_unless_there(program: str) -> None:
-    if program == "uwsgi":
-        there = _uwsgi() is not None
-    else:
-        there = importlib.util.find_spec(program) is not None
+    there = _uwsgi() is not None if program == "uwsgi" else importlib.util.find_spec(program) is not None
     if not there:
         pytest.skip(f"{program} is not installed; `pip install gdlib[clients]` brings it, and uWSGI by `pip install uwsgi`")
 
@@ -78,12 +77,16 @@ class Running:
 
     def __init__(self, words: list[str], models: Path, log: Path, **settings: Any) -> None:
         self.program = words[0]
+        self.processes = 2 if "2" in words else 1
         _skip_unless_there(self.program)
         self.models = models
         self.port = free_port()
         self.netloc = f"{ADDRESS}:{self.port}"
         self.url = f"http://{self.netloc}"
-        self._argv = _argv(words, self.port, models)
+        if settings and self.program == "gdlib":
+            self._argv = [sys.executable, "-m", "tests.clients.waitress_server", str(self.port)]
+        else:
+            self._argv = _argv(words, self.port, models)
         self._environ = {name: value for name, value in os.environ.items() if not name.startswith("GDLIB_")}
         self._environ |= {f"GDLIB_{name.upper()}": str(value) for name, value in ({"models": models} | settings).items()}
         self._log = log
@@ -93,12 +96,12 @@ class Running:
             self.process = subprocess.Popen(
                 self._argv, env=self._environ, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        deadline = time.monotonic() + START_SECONDS
-        while not self._answers():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.__exit__()
-                raise RuntimeError(f"{self._argv} did not start:\n{self.log()}")
-            time.sleep(0.05)
+        try:
+            eventually(self._answers, START_SECONDS)
+            self.everywhere("GET", "/v2/health/live")
+        except BaseException as error:
+            self.__exit__()
+            raise RuntimeError(f"{self._argv} did not start:\n{self.log()}") from error
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -122,6 +125,8 @@ class Running:
             raise
 
     def _answers(self) -> bool:
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the process has ended with {self.process.returncode}")
         try:
             return self.ask("GET", "/v2/health/live")[0] == 200
         except OSError:
@@ -141,6 +146,20 @@ class Running:
         found = {key.lower(): value for key, value in response.headers.items()}
         is_json = parse and bool(content) and found.get("content-type") == "application/json"
         return response.status, found, json.loads(content) if is_json else content
+
+    def everywhere(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> list[tuple[int, Any]]:
+        """(status, body) of requests, a few at a time, until each process has answered some of them."""
+        answers = []
+        answered: Counter[str] = Counter()
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while sum(number > 3 for number in answered.values()) < self.processes:
+            assert time.monotonic() < deadline, f"only {answered} answer"
+            with ThreadPoolExecutor(4) as pool:  # at once, else one process might take them all
+                for status, got, answer in pool.map(lambda _: self.ask(method, path, body, headers), range(4)):
+                    answers.append((status, answer))
+                    # Ids begin with a text that each process draws; of its first requests each may draw one when they come at once.
+                    answered[got["x-request-id"].split("-")[0]] += 1
+        return answers
 
 
 def eventually(check: Any, seconds: float = 30) -> Any:

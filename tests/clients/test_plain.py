@@ -1,4 +1,4 @@
-"""The standard library's client against every server: JSON as anybody writes it, bodies in chunks, and what the answers say of themselves."""
+"""The standard library's client against every server: JSON as anybody writes it, bodies in chunks, errors and headers."""
 
 import gzip
 import http.client
