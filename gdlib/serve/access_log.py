@@ -9,6 +9,7 @@ import secrets
 import sys
 import threading
 import time
+import weakref
 from itertools import count
 from typing import Any
 
@@ -22,28 +23,42 @@ class AccessLog:
     """Appends to the file at `path`, which is made if need be; "-" is standard output. Raises OSError when it cannot be opened."""
 
     def __init__(self, path: str) -> None:
-        self._descriptor = sys.stdout.fileno() if path == "-" else os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+        if path == "-":
+            self._descriptor = sys.stdout.fileno()
+        else:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+            weakref.finalize(self, os.close, self._descriptor).atexit = False  # requests may still end then
         self._lock = threading.Lock()
         self._lost = 0
+        self._torn = False  # the last line was written in part: the next one must not go on where it ends
 
     def write(self, **fields: Any) -> None:
         """One line: the time, and those of the fields that are not None."""
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         line = {"time": f"{stamp}.{int(now % 1 * 1000):03d}Z"}
-        line |= {key: value[:_MAX_TEXT] if isinstance(value, str) else value for key, value in fields.items() if value is not None}
-        text = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+        line |= {key: _plain(value) if isinstance(value, str) else value for key, value in fields.items() if value is not None}
+        text = b"\n" * self._torn + orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
         try:
             written = os.write(self._descriptor, text)
         except OSError:
             written = 0
-        if written != len(text):
-            with self._lock:
-                self._lost += 1
+        if written == len(text):
+            self._torn = False
+            return
+        with self._lock:
+            self._lost += 1
+            self._torn = self._torn or written > 0
 
     def lines_lost(self) -> int:
         """How many lines could not be written."""
         return self._lost
+
+
+def _plain(text: str) -> str:
+    # Escaped, no byte of a client's can steer the terminal that shows the log, or be no text at all.
+    text = text[:_MAX_TEXT]
+    return text if text.isascii() else text.encode("ascii", "backslashreplace").decode()
 
 
 class RequestIds:
@@ -58,5 +73,5 @@ class RequestIds:
         if sent and _REQUEST_ID.fullmatch(sent):
             return sent
         if os.getpid() != self._process:  # forked: the parent counts on with the same prefix
-            self._process, self._prefix = os.getpid(), secrets.token_hex(4)
+            self._prefix, self._process = secrets.token_hex(4), os.getpid()
         return f"{self._prefix}-{next(self._count):x}"

@@ -39,7 +39,7 @@ MAX_IN_FLIGHT = 64  # inference requests at once; each may hold a body of 64 MiB
 MAX_BATCH_WINDOW = 1.0  # seconds
 WATCH_SECONDS = 1.0  # between two looks at the folder; a look at a hundred versions takes about a millisecond
 MAX_REMEMBERED = 1024  # paths and Host headers, which clients choose freely
-_LOCAL_PEERS = {"127.0.0.1", "::1", "::ffff:127.0.0.1", ""}  # REMOTE_ADDR is empty for a Unix socket
+_LOCAL_PEERS = {"127.0.0.1", "::1", "::ffff:127.0.0.1", "", "localhost"}  # the last two are what servers say for a Unix socket
 _STATUS = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|infer|config|stats))?")
 _REPOSITORY_PATH = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
@@ -123,7 +123,7 @@ class App:
         self._access_log = access_log
         self._metrics = metrics or Metrics()
         self._ids = RequestIds()
-        self._background = Background(watch_seconds, (repository.refresh, self._metrics.flush), self._metrics.forked)
+        self._background = Background(watch_seconds, (repository.refresh, self._metrics.flush), (repository.forked, self._metrics.forked))
         lost = (lambda: 0) if access_log is None else access_log.lines_lost
         self._endpoints = Endpoints(repository, self._metrics, admin=admin, max_in_flight=max_in_flight, log_lines_lost=lost)
         to = self._endpoints
@@ -158,6 +158,8 @@ class App:
         exchange = Exchange(environ)
         try:
             answer = self._answer(exchange)
+            if type(answer.body) is not bytes:
+                answer = answer._replace(body=orjson.dumps(answer.body))
         except HTTPError as error:
             answer = Answer({"error": str(error)}, error.status, headers=error.headers)
         except UnsupportedError as error:
@@ -190,7 +192,7 @@ class App:
         if not self._allows_host(host):
             status = HTTPStatus.MISDIRECTED_REQUEST if host else HTTPStatus.BAD_REQUEST
             raise HTTPError(status, f"The Host header is {shorten(host)}: use one of {', '.join(sorted(self._allowed_hosts))}.")
-        if self._keys is None and environ.get("REMOTE_ADDR", "") not in _LOCAL_PEERS:
+        if self._keys is None and environ.get("REMOTE_ADDR") not in _LOCAL_PEERS:
             raise HTTPError(HTTPStatus.FORBIDDEN, "Without keys this server answers its own machine only: give it a file of `gdlib keys`.")
         path = environ.get("PATH_INFO", "")
         route = self._route(path)
@@ -235,7 +237,7 @@ class App:
             remote=environ.get("REMOTE_ADDR"),
             key=exchange.key and exchange.key.name,
             method=environ["REQUEST_METHOD"],
-            path=environ.get("PATH_INFO", "").encode("latin-1", "replace").decode("utf-8", "replace"),
+            path=environ.get("PATH_INFO", ""),
             status=int(status),
             ms=round((perf_counter_ns() - begin) / 1e6, 3),
             model=exchange.model,

@@ -14,14 +14,14 @@ Task = Callable[[], None]
 class Background:
     """Runs `tasks` every `seconds`, from the first `ensure` on until this object is gone.
 
-    A forked child has none of its parent's threads: there `ensure` calls `forked` and starts a thread anew.
+    A forked child has none of its parent's threads: there `ensure` runs the tasks `forked`, once, and starts a thread anew.
     """
 
-    def __init__(self, seconds: float, tasks: Sequence[Task], forked: Task) -> None:
+    def __init__(self, seconds: float, tasks: Sequence[Task], forked: Sequence[Task]) -> None:
         self._seconds = seconds
         self._tasks = tasks
         self._forked = forked
-        self._made_in = os.getpid()
+        self._process = os.getpid()
         self._runs_in: int | None = None
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -36,12 +36,18 @@ class Background:
         with self._lock:
             if self._runs_in == os.getpid():
                 return
-            if os.getpid() not in (self._made_in, self._runs_in):
-                self._forked()
-            self._runs_in = os.getpid()
-        # The thread knows the tasks but not this object, which would then never be gone.
-        arguments = (self._seconds, self._tasks, self._stopping)
-        threading.Thread(target=_run, args=arguments, name="gdlib-background", daemon=True).start()
+            if os.getpid() != self._process:
+                self._process = os.getpid()
+                for task in self._forked:
+                    task()
+            # The thread knows the tasks but not this object, which would then never be gone.
+            arguments = (self._seconds, self._tasks, self._stopping)
+            try:
+                threading.Thread(target=_run, args=arguments, name="gdlib-background", daemon=True).start()
+            except RuntimeError as error:  # no more threads: requests go on, and the next one tries again
+                logger.error("The folder is not watched for now: %s", error)
+            else:
+                self._runs_in = os.getpid()
 
 
 def _run(seconds: float, tasks: Sequence[Task], stopping: threading.Event) -> None:

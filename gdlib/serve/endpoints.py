@@ -12,7 +12,7 @@ from gdlib.serve import description, protocol
 from gdlib.serve.bodies import read_body, read_optional_body
 from gdlib.serve.exchange import BINARY, Answer, Exchange, HTTPError
 from gdlib.serve.keys import ADMIN, METRICS
-from gdlib.serve.metrics import Metrics, Record, Stages, prometheus_text
+from gdlib.serve.metrics import Metrics, Record, Stages, in_order, prometheus_text
 from gdlib.serve.models import ServedModel
 from gdlib.serve.parsing import parse_json, parse_request
 from gdlib.serve.protocol import UnsupportedError
@@ -74,8 +74,11 @@ class Endpoints:
             entry = self._repository.load(name)
         except KeyError:
             raise _unknown(name, None) from None
-        if entry.model is None:
-            raise ProtocolError(f"failed to load {shorten(name)}: {entry.reason}")
+        except OSError:
+            raise HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The models folder cannot be read: try again when it is back.") from None
+        if entry.reason:  # an older file or version may serve on, but what was asked for did not come about
+            which = shorten(name) + (f" version {entry.version}" if entry.version else "")
+            raise ProtocolError(f"failed to load {which}: {entry.reason}")
         return Answer({})
 
     def unload(self, name: str, exchange: Exchange) -> Answer:
@@ -89,11 +92,11 @@ class Endpoints:
         return Answer({})
 
     def metadata(self, name: str, version: str | None, exchange: Exchange) -> Answer:
-        model = self._loaded(name, version, exchange)[1]
+        entry, model = self._loaded(name, version, exchange)
         return Answer(
             {
                 "name": name,
-                "versions": self._repository.versions(name),
+                "versions": self._repository.versions(name) or [entry.version],  # it may have gone since
                 "platform": model.platform,
                 "inputs": [spec.describe() for spec in model.signature.inputs],
                 "outputs": [spec.describe() for spec in model.signature.outputs],
@@ -112,17 +115,17 @@ class Endpoints:
     def statistics(self, name: str | None, version: str | None, exchange: Exchange) -> Answer:
         if name is not None:
             self._find(name, version, exchange)
-        self._check_shared(exchange)
+        _check_shared(exchange, self._metrics.shared)
         records, _ = self._metrics.collect()
         served = [(entry.name, entry.version) for entry in self._repository.index() if entry.model is not None]
         keys = {*served, *records} if name is None else {key for key in {*served, *records} if key[0] == name and version in (None, key[1])}
-        shown = sorted(key for key in keys if _may_see(exchange, key[0]))
+        shown = sorted((key for key in keys if _may_see(exchange, key[0])), key=in_order)
         return Answer({"model_stats": [records.get(key, Record()).statistics(*key) for key in shown]})
 
     def prometheus(self, exchange: Exchange) -> Answer:
         if exchange.key is not None and not exchange.key.allows(METRICS):
             raise _forbidden(METRICS)
-        self._check_shared(exchange)
+        _check_shared(exchange, self._metrics.shared)
         records, responses = self._metrics.collect()
         ready = {(entry.name, entry.version): entry.model is not None for entry in self._repository.index() if entry.version}
         gauges = [
@@ -161,7 +164,7 @@ class Endpoints:
         exchange.model = name
         if not _may_see(exchange, name):
             raise _forbidden(f"models:{name}")
-        self._repository.sync()
+        self._repository.sync(name)
         try:
             return self._repository.get(name, version)
         except KeyError:
@@ -179,14 +182,14 @@ class Endpoints:
             raise HTTPError(HTTPStatus.FORBIDDEN, "Loading and unloading by request is switched off: start the server with --admin.")
         if exchange.key is None or not exchange.key.allows(ADMIN):
             raise _forbidden(ADMIN)
-        if not self._repository.shared:
-            self._check_shared(exchange)
+        _check_shared(exchange, self._repository.shared)
 
-    def _check_shared(self, exchange: Exchange) -> None:
-        """What one of several processes knows or does would be a part of the truth."""
-        if exchange.environ.get("wsgi.multiprocess") and not self._metrics.shared:
-            message = "This server runs several processes that share nothing: give them a common folder, GDLIB_STATE_DIR, for this."
-            raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, message)
+
+def _check_shared(exchange: Exchange, shared: bool) -> None:
+    """What one of several processes knows or does would be a part of the truth."""
+    if exchange.environ.get("wsgi.multiprocess") and not shared:
+        message = "This server runs several processes that share nothing: give them a common folder, GDLIB_STATE_DIR, for this."
+        raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, message)
 
 
 def _may_see(exchange: Exchange, model: str) -> bool:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gdlib.serialization import write_atomically
+from gdlib.serve.locks import locked
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class KeyFile:
         stamp: tuple[int, ...] = ()
         try:
             status = os.stat(self._path)
-            stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
+            stamp = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         except OSError:
             pass
         if stamp == self._stamp:
@@ -91,11 +92,11 @@ class KeyFile:
 def read_keys(path: Path) -> tuple[Key, ...]:
     """The keys in a file. Raises FileNotFoundError, OSError, and ValueError saying what is wrong with it."""
     try:
-        text = path.read_text("utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no key file at {path}: make one with `gdlib keys add`.") from None
     try:
-        entries = json.loads(text)["keys"]
+        entries = json.loads(content.decode("utf-8"))["keys"]
         keys = tuple(_as_key(entry) for entry in entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} holds no keys as `gdlib keys` writes them ({type(error).__name__}: {error}); mend it.") from None
@@ -111,28 +112,32 @@ def add_key(path: Path, name: str, scopes: Iterable[str]) -> str:
     scopes = list(scopes)
     for scope in scopes:
         _check_scope(scope)
-    keys = read_keys(path) if path.exists() else ()
-    if any(key.name == name for key in keys):
-        raise ValueError(f"{path} has a key {name!r} already; revoke it first, or choose another name.")
     secret = _PREFIX + secrets.token_urlsafe(32)
     digest = hashlib.sha256(secret.encode()).hexdigest()
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    _write(path, (*keys, Key(name, digest, frozenset(scopes), created)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        keys = read_keys(path) if path.exists() else ()
+        if any(key.name == name for key in keys):
+            raise ValueError(f"{path} has a key {name!r} already; revoke it first, or choose another name.")
+        _write(path, (*keys, Key(name, digest, frozenset(scopes), created)))
     return secret
 
 
 def revoke_key(path: Path, name: str) -> None:
     """Take a key out of the file. Raises ValueError when it is not there."""
-    keys = read_keys(path)
-    kept = tuple(key for key in keys if key.name != name)
-    if len(kept) == len(keys):
-        raise ValueError(f"{path} has no key {name!r}; it has {', '.join(repr(key.name) for key in keys) or 'none'}.")
-    _write(path, kept)
+    if not path.exists():
+        read_keys(path)  # says what is missing, the folder perhaps
+    with locked(path.parent):
+        keys = read_keys(path)
+        kept = tuple(key for key in keys if key.name != name)
+        if len(kept) == len(keys):
+            raise ValueError(f"{path} has no key {name!r}; it has {', '.join(repr(key.name) for key in keys) or 'none'}.")
+        _write(path, kept)
 
 
 def _write(path: Path, keys: Iterable[Key]) -> None:
     entries = [{"name": key.name, "sha256": key.sha256, "scopes": sorted(key.scopes), "created": key.created} for key in keys]
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({"keys": entries}, indent=2).encode() + b"\n")
 
 

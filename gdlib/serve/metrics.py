@@ -5,10 +5,13 @@ files up, those of processes that have ended too, so that counters never fall. P
 and 75 ms of the start, a third of what the whole server has.
 """
 
+import atexit
+import logging
 import os
 import secrets
 import threading
 import time
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
@@ -19,10 +22,12 @@ import orjson
 
 from gdlib.serialization import write_atomically
 
+logger = logging.getLogger(__name__)
+
 LATENCY_BUCKETS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 BATCH_BUCKETS = tuple(4**power for power in range(9))  # rows of a request, up to 65,536
 MAX_BATCH_SIZES = 64  # that are told apart by model and version: a client chooses them freely
-_BOUNDS_NS = tuple(int(bound * 1e9) for bound in LATENCY_BUCKETS)
+_BOUNDS_NS = tuple(round(bound * 1e9) for bound in LATENCY_BUCKETS)
 
 
 class Stages(NamedTuple):
@@ -112,6 +117,12 @@ class Metrics:
         self._responses: dict[int, int] = {}  # status -> requests of any kind
         self.in_flight = 0  # inference requests being answered
         self._name = _fresh_name()
+        self._process = os.getpid()
+        self._flushed = b""
+        self._flushing = threading.Lock()
+        self._failed = False
+        if folder is not None:
+            atexit.register(_flush_at_exit, weakref.ref(self))
 
     @property
     def shared(self) -> bool:
@@ -147,36 +158,49 @@ class Metrics:
 
     def forked(self) -> None:
         """Start from zero in a child process: what the parent has counted is the parent's."""
-        self._lock = threading.Lock()  # the parent's may have been held by a thread that is not here
+        self._lock, self._flushing = threading.Lock(), threading.Lock()  # the parent's may have been held by a thread that is not here
         self._records, self._responses, self.in_flight = {}, {}, 0
-        self._name = _fresh_name()
+        self._name, self._process, self._flushed = _fresh_name(), os.getpid(), b""
 
     def flush(self) -> None:
-        """Write this process's counts where the others read them."""
-        if self._folder is None:
+        """Write this process's counts, if they have changed, where the others read them. A disk that is full is reported once."""
+        if self._folder is None or self._process != os.getpid():  # forked, and still with the counts of the parent
             return
-        with self._lock:
-            content = {
-                "responses": list(self._responses.items()),
-                "records": [(*key, vars(record) | {"batches": list(record.batches.items())}) for key, record in self._records.items()],
-            }
-            text = orjson.dumps(content)
-        write_atomically(self._folder / self._name, text)
+        with self._flushing:  # or older counts could come last
+            with self._lock:
+                content = {
+                    "responses": list(self._responses.items()),
+                    "records": [(*key, vars(record) | {"batches": list(record.batches.items())}) for key, record in self._records.items()],
+                }
+                text = orjson.dumps(content)
+            if text == self._flushed:
+                return
+            try:
+                write_atomically(self._folder / self._name, text)
+            except OSError as error:
+                if not self._failed:
+                    logger.error("The counts cannot be written for the other processes: %s", error)
+                self._failed = True
+            else:
+                self._failed, self._flushed = False, text
 
     def collect(self) -> tuple[Records, dict[int, int]]:
         """(counts by model and version, answers by status) of all processes."""
-        if self._folder is None:
-            with self._lock:
-                return {key: _copy(record) for key, record in self._records.items()}, dict(self._responses)
-        self.flush()
-        records: Records = {}
-        responses: dict[int, int] = {}
-        for path in self._folder.glob("metrics-*.json"):
-            content = orjson.loads(path.read_bytes())
-            for status, count in content["responses"]:
+        self.flush()  # what is shown once is seen by whoever is asked next
+        with self._lock:
+            records, responses = {key: _copy(record) for key, record in self._records.items()}, dict(self._responses)
+        for path in () if self._folder is None else self._folder.glob("metrics-*.json"):
+            if path.name == self._name:
+                continue
+            try:
+                their_records, their_responses = _read(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                logger.warning("The counts in %s cannot be read, and are left out: %s", path, error)
+                continue
+            for status, count in their_responses.items():
                 responses[status] = responses.get(status, 0) + count
-            for model, version, fields in content["records"]:
-                records.setdefault((model, version), Record()).add(_restore(fields))
+            for key, record in their_records.items():
+                records.setdefault(key, Record()).add(record)
         return records, responses
 
     def _record(self, model: str, version: str) -> Record:
@@ -201,7 +225,7 @@ def prometheus_text(
         lines.extend(f"gdlib_{name}{labels} {value}" for labels, value in samples)
 
     def each(value: Callable[[Record], float]) -> Iterator[tuple[str, float]]:
-        return ((f"{{{_labels(key)}}}", value(record)) for key, record in records.items())
+        return ((f"{{{_labels(key)}}}", value(record)) for key, record in sorted(records.items(), key=_order))
 
     family(
         "responses_total", "counter", "Answers to requests of any kind.", ((f'{{status="{s}"}}', n) for s, n in sorted(responses.items()))
@@ -219,6 +243,15 @@ def prometheus_text(
     for name, text, number in gauges:
         family(name, "gauge", text, [("", number)])
     return "\n".join(lines) + "\n"
+
+
+def in_order(key: tuple[str, str]) -> tuple[str, int]:
+    """What sorts (model, version) by name, then by number."""
+    return key[0], int(key[1])
+
+
+def _order(item: tuple[tuple[str, str], Record]) -> tuple[str, int]:
+    return in_order(item[0])
 
 
 def _fresh_name() -> str:
@@ -243,7 +276,7 @@ def _batches(record: Record) -> tuple[list[int], float]:
 def _histogram(
     records: Records, bounds: tuple[float, ...], counted: Callable[[Record], tuple[list[int], float]]
 ) -> Iterator[tuple[str, float]]:
-    for key, record in records.items():
+    for key, record in sorted(records.items(), key=_order):
         counts, total = counted(record)
         for bound, running in zip((*map(str, bounds), "+Inf"), accumulate(counts), strict=True):
             yield f'_bucket{{{_labels(key)},le="{bound}"}}', running
@@ -255,10 +288,23 @@ def _duration(count: int, nanoseconds: int) -> dict[str, int]:
     return {"count": count, "ns": nanoseconds}
 
 
+def _flush_at_exit(metrics: "weakref.ref[Metrics]") -> None:
+    alive = metrics()
+    if alive is not None:
+        alive.flush()
+
+
+def _read(path: Path) -> tuple[Records, dict[int, int]]:
+    content = orjson.loads(path.read_bytes())
+    return {(model, version): _restore(fields) for model, version, fields in content["records"]}, dict(content["responses"])
+
+
 def _restore(fields: dict[str, Any]) -> Record:
+    whole = Record()
     record = Record()
-    vars(record).update(fields | {"batches": dict(fields["batches"])})
-    return record
+    vars(record).update({name: fields[name] for name in vars(whole)} | {"batches": dict(fields["batches"])})
+    whole.add(record)  # raises where a count is missing
+    return whole
 
 
 def _copy(record: Record) -> Record:
