@@ -6,7 +6,6 @@ An error is {"error": "<one sentence>"}, and what is unexpected is logged and an
 Source: Open Inference Protocol v2, "HTTP/REST"; Triton's model repository, statistics and model configuration extensions.
 """
 
-import atexit
 import logging
 import os
 import re
@@ -89,15 +88,13 @@ def create_app(
     state = None if state_dir is None else Path(state_dir)
     if state is not None:
         state.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(state)
-    atexit.register(metrics.flush)  # what was counted since the last time
     return App(
         Repository(models_dir, loaders, state_file=state and state / "repository.json"),
         keys=None if keys is None else KeyFile(keys),
         admin=admin,
         allowed_hosts=allowed_hosts,
         access_log=None if access_log is None else AccessLog(access_log),
-        metrics=metrics,
+        metrics=Metrics(state),
         max_in_flight=max_in_flight,
     )
 
