@@ -42,7 +42,7 @@ class OnnxModel:
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no common base
-            logger.warning("onnxruntime cannot load %s: %s", path, error)
+            logger.warning("onnxruntime cannot load %s: %s", path, _one_line(error))
             raise ValueError(f"{path} is no ONNX model that onnxruntime can run; the server's log says why.") from None
         self.signature = Signature(
             tuple(_spec(node, path) for node in self._session.get_inputs()),
@@ -58,7 +58,7 @@ class OnnxModel:
         try:
             outputs = self._session.run(self._names, arrays)
         except Exception as error:  # among others sizes that the model's own nodes find to disagree
-            logger.warning("onnxruntime could not run a model: %s", error)
+            logger.warning("onnxruntime could not run a model: %s", _one_line(error))
             raise ProtocolError("The model cannot compute an answer for these inputs: check their sizes and values.") from None
         return {name: _as_array(output) for name, output in zip(self._names, outputs, strict=True)}
 
@@ -74,6 +74,10 @@ def _spec(node: Any, path: Path) -> TensorSpec:
         advice = "; export a classifier with zipmap=False" if "map" in node.type else ""
         raise ValueError(f"{path} has {node.name!r} of type {node.type}, which is no tensor that the protocol knows{advice}.")
     return TensorSpec(node.name, datatype, tuple(size if isinstance(size, int) else -1 for size in node.shape))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def _decode(array: NDArray[Any]) -> NDArray[Any]:
