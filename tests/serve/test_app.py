@@ -143,6 +143,14 @@ class TestRouting:
         path = f"/v2/models/a/versions/{version}".encode().decode("latin-1")
         assert one("GET", path).json["error"].startswith("Request for unknown model: 'a' version '")
 
+    def test_long_texts_of_clients_are_not_remembered(self, models_dir: Any, loaders: Any, call: Any) -> None:
+        name = "x" * 255
+        app = App(Repository(models_dir({f"{name}/1": "{}"}), loaders), allowed_hosts=("h" * 300,))
+        assert call(app, "GET", f"/v2/models/{name}", HTTP_HOST="h" * 300).status == 200
+        assert call(app, "GET", f"/v2/models/{'y' * 10_000}", HTTP_HOST="h" * 300).status == 404
+        assert call(app, "GET", "/v2", HTTP_HOST="z" * 10_000).status == 421
+        assert [cache.cache_info().currsize for cache in (app._route, app._allows_host)] == [0, 0]
+
     def test_query_strings_and_types_do_not_matter(self, one: Any) -> None:
         plain = one("POST", INFER, {"inputs": [TENSOR]}, HTTP_X_REQUEST_ID="i")
         for change in ({"QUERY_STRING": "a=b&c"}, {"CONTENT_TYPE": "text/plain"}, {"HTTP_ACCEPT": "image/png"}, {"CONTENT_TYPE": "x"}):
