@@ -38,7 +38,7 @@ LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 MAX_IN_FLIGHT = 64  # inference requests at once; each may hold a body of 64 MiB
 MAX_BATCH_WINDOW = 1.0  # seconds
 WATCH_SECONDS = 1.0  # between two looks at the folder; a look at a hundred versions takes about a millisecond
-MAX_REMEMBERED = 1024  # paths and Host headers, which clients choose freely
+MAX_REMEMBERED, MAX_REMEMBERED_TEXT = 1024, 256  # paths and Host headers, which clients choose freely; characters of each
 _LOCAL_PEERS = {"127.0.0.1", "::1", "::ffff:127.0.0.1", "", "localhost"}  # the last two are what servers say for a Unix socket
 _STATUS = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|infer|config|stats))?")
@@ -188,13 +188,13 @@ class App:
     def _answer(self, exchange: Exchange) -> Answer:
         environ = exchange.environ
         host = environ.get("HTTP_HOST", "")
-        if not self._allows_host(host):
+        if not (self._allows_host if len(host) <= MAX_REMEMBERED_TEXT else self._find_host)(host):
             status = HTTPStatus.MISDIRECTED_REQUEST if host else HTTPStatus.BAD_REQUEST
             raise HTTPError(status, f"The Host header is {shorten(host)}: use one of {', '.join(sorted(self._allowed_hosts))}.")
         if self._keys is None and environ.get("REMOTE_ADDR") not in _LOCAL_PEERS:
             raise HTTPError(HTTPStatus.FORBIDDEN, "Without keys this server answers its own machine only: give it a file of `gdlib keys`.")
         path = environ.get("PATH_INFO", "")
-        route = self._route(path)
+        route = (self._route if len(path) <= MAX_REMEMBERED_TEXT else self._find_route)(path)
         if environ["REQUEST_METHOD"] not in route.methods:
             message = f"The method is not allowed for {shorten(path)}: use {' or '.join(route.methods)}."
             raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, message, ("Allow", ", ".join(route.methods)))
