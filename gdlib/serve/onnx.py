@@ -1,6 +1,9 @@
 """ONNX models, computed by onnxruntime: trees, ensembles and networks made elsewhere, served beside gdlib's own."""
 
+import ctypes
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,11 @@ _DATATYPES = {
 }
 
 
+def _keep(item: object, increment: Any = ctypes.pythonapi.Py_IncRef, as_object: Any = ctypes.py_object) -> None:
+    """Let an object live on for good. The functions are bound here because modules are empty when the interpreter ends."""
+    increment(as_object(item))
+
+
 class OnnxModel:
     """A model in an .onnx file, with the inputs and outputs that it declares."""
 
@@ -34,6 +42,7 @@ class OnnxModel:
             import onnxruntime
         except ImportError:
             raise ImportError("an .onnx file needs the package onnxruntime: pip install gdlib[onnx].") from None
+        self._process = os.getpid()
         options = onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = False  # an arena keeps the memory of the largest request for good
         options.log_severity_level = 4  # what fails is raised as well, and needs no second line
@@ -51,6 +60,11 @@ class OnnxModel:
         self._texts = [spec.name for spec in self.signature.inputs if spec.datatype == BYTES]
         self._names = [spec.name for spec in self.signature.outputs]
         self.parameters: dict[str, Any] = {}
+
+    def __del__(self, getpid: Callable[[], int] = os.getpid, keep: Callable[[object], None] = _keep) -> None:
+        # Freeing a session waits for its threads, which a forked child does not have: there it stays until the process ends.
+        if hasattr(self, "_session") and getpid() != self._process:
+            keep(self._session)
 
     def predict(self, arrays: Arrays) -> Arrays:
         for name in self._texts:
