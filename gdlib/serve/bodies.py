@@ -30,18 +30,22 @@ def read_body(environ: WSGIEnvironment) -> tuple[bytes, int]:
         if len(body) > limit:
             raise _too_large(limit)
     else:
-        size = _as_size(length or "", "Content-Length", limit)
+        size = _as_size(length or "", "Content-Length")
+        if size > limit:
+            raise _too_large(limit)
         body = _read(environ, size)
         if len(body) < size:
             raise ProtocolError("The body is shorter than its Content-Length: send all of it.")
     encoding = environ.get("HTTP_CONTENT_ENCODING")
-    if encoding and encoding.lower() != "identity":
+    if encoding and encoding.strip().lower() != "identity":
         body = _unpack(body, encoding, limit)
     if header is None:
         return body, len(body)
-    json_length = _as_size(header, "Inference-Header-Content-Length", MAX_JSON_BYTES)
+    json_length = _as_size(header, "Inference-Header-Content-Length")
     if json_length > len(body):
         raise ProtocolError("The Inference-Header-Content-Length is more than the body holds: send the length of its JSON part.")
+    if json_length > MAX_JSON_BYTES:
+        raise _too_large(MAX_JSON_BYTES)
     return body, json_length
 
 
@@ -70,13 +74,10 @@ def _refused(token: str) -> bool:
     return parameter.startswith("q=0") and not parameter[3:].strip(".0")
 
 
-def _as_size(text: str, header: str, limit: int) -> int:
+def _as_size(text: str, header: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise ProtocolError(f"The {header} header is missing or not a number: send a length in bytes.")
-    # Compared as text first: Python refuses to read integers of thousands of digits.
-    if len(text) > 19 or int(text) > limit:
-        raise _too_large(limit)
-    return int(text)
+    return int(text) if len(text) < 20 else 10**20  # Python refuses to read integers of thousands of digits
 
 
 def _too_large(limit: int) -> HTTPError:
@@ -88,8 +89,12 @@ def _read(environ: WSGIEnvironment, size: int) -> bytes:
     stream = environ["wsgi.input"]
     try:
         body: bytes = stream.read(size)
-        while len(body) < size and (more := stream.read(size - len(body))):  # some servers hand out what has arrived
-            body += more
+        if len(body) < size:  # some servers hand out what has arrived
+            parts, left = [body], size - len(body)
+            while left > 0 and (more := stream.read(left)):
+                parts.append(more)
+                left -= len(more)
+            body = b"".join(parts)
     except OSError:
         raise ProtocolError("The connection broke before the body was whole: send it again.") from None
     return body

@@ -81,7 +81,6 @@ class TestRouting:
     @pytest.mark.parametrize(
         "path",
         [
-            "/",
             "/v1",
             "/v2/",
             "//v2",
@@ -105,7 +104,6 @@ class TestRouting:
             "/metrics/",
             "/openapi.yaml",
             "/v2/models/a/ready/x",
-            "",
         ],
     )
     @pytest.mark.parametrize("method", ["GET", "POST"])
