@@ -42,38 +42,42 @@ class Record:
     """The counts of one version of a model. All but `last` add up."""
 
     def __init__(self) -> None:
-        self.success = [0, 0]  # requests, nanoseconds
-        self.fail = [0, 0]
-        self.stages = [0, 0, 0]  # nanoseconds
+        self.fail = [0, 0]  # requests, nanoseconds
         self.rows = 0
         self.last = 0  # of the last inference, milliseconds since 1970
         self.latency = [0] * (len(_BOUNDS_NS) + 1)  # requests in each bucket, the last without a bound
         self.batches: dict[int, list[int]] = {}  # rows -> requests, nanoseconds of the stages
 
-    def succeed(self, rows: int, stages: Stages) -> None:
-        """Count an answer to a request of `rows` rows."""
-        elapsed = sum(stages)
-        self.success[0] += 1
-        self.success[1] += elapsed
+    @property
+    def stages(self) -> list[int]:
+        """Nanoseconds of all requests that were answered, by stage."""
+        return [sum(counts[1 + i] for counts in self.batches.values()) for i in range(len(Stages._fields))]
+
+    @property
+    def success(self) -> list[int]:
+        """Requests that were answered, and their nanoseconds."""
+        return [sum(counts[0] for counts in self.batches.values()), sum(self.stages)]
+
+    def succeed(self, rows: int, stages: tuple[int, int, int]) -> None:
+        """Count an answer to a request of `rows` rows, and the nanoseconds of its `Stages`."""
+        read, computed, written = stages
         self.rows += rows
         self.last = int(time.time() * 1000)
-        self.latency[bisect_left(_BOUNDS_NS, elapsed)] += 1
+        self.latency[bisect_left(_BOUNDS_NS, read + computed + written)] += 1
         batch = self.batches.get(rows)
         if batch is None:
             while len(self.batches) >= MAX_BATCH_SIZES and rows not in self.batches and rows & (rows - 1):
                 rows = 1 << rows.bit_length()  # the next power of two
             batch = self.batches.setdefault(rows, [0, 0, 0, 0])
         batch[0] += 1
-        for i in range(3):
-            self.stages[i] += stages[i]
-            batch[i + 1] += stages[i]
+        batch[1] += read
+        batch[2] += computed
+        batch[3] += written
 
     def add(self, other: "Record") -> None:
         """Add the counts of another process."""
         for mine, theirs in (
-            (self.success, other.success),
             (self.fail, other.fail),
-            (self.stages, other.stages),
             (self.latency, other.latency),
         ):
             mine[:] = [a + b for a, b in zip(mine, theirs, strict=True)]
@@ -137,16 +141,16 @@ class Metrics:
             self.in_flight += 1
             return True
 
-    def leave(self) -> None:
+    def succeeded(self, model: str, version: str, rows: int, stages: tuple[int, int, int]) -> None:
+        """Count a request that had entered as answered."""
         with self._lock:
             self.in_flight -= 1
-
-    def succeeded(self, model: str, version: str, rows: int, stages: Stages) -> None:
-        with self._lock:
             self._record(model, version).succeed(rows, stages)
 
     def failed(self, model: str, version: str, nanoseconds: int) -> None:
+        """Count a request that had entered as refused or failed."""
         with self._lock:
+            self.in_flight -= 1
             fail = self._record(model, version).fail
             fail[0] += 1
             fail[1] += nanoseconds

@@ -8,6 +8,7 @@ Source: Open Inference Protocol v2, "Tensor Data"; Triton's binary tensor data e
 
 import math
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ DTYPES = NUMERIC | {BYTES: np.dtype(object), BF16: np.dtype("<f4")}  # NumPy has
 DATATYPE_NAMES = {dtype: name for name, dtype in NUMERIC.items()} | {np.dtype(object): BYTES}
 RAW_ONLY = {"FP16", BF16}  # clients refuse these in JSON
 _CONVERTIBLE = {"f": "biuf", "i": "biu", "u": "biu", "b": "b", "O": "O"}  # NumPy's kinds: a model's -> those that it may be sent
+_LITTLE = sys.byteorder == "little"
 _MAX_SIZE = 2**40  # of one axis and of their product: far above any limit on the body, far below what overflows
 _JSON_TYPES: dict[type, str] = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 
@@ -159,7 +161,7 @@ def to_bytes(array: NDArray[Any]) -> bytes:
     """The raw form of an array. Objects are bytes, each with its length before it."""
     if array.dtype.kind == "O":
         return b"".join(chain.from_iterable((struct.pack("<I", len(item)), item) for item in array.flat))
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    return (array if _LITTLE else array.astype(array.dtype.newbyteorder("<"))).tobytes()
 
 
 def to_json(array: NDArray[Any], name: str) -> Any:

@@ -175,10 +175,10 @@ class TestInFlight:
         metrics = Metrics()
         assert [metrics.enter(2) for _ in range(4)] == [True, True, False, False]
         assert metrics.in_flight == 2
-        metrics.leave()
+        metrics.failed("a", "1", 0)
         assert metrics.enter(2)
-        metrics.leave()
-        metrics.leave()
+        metrics.succeeded("a", "1", 1, STAGES)
+        metrics.failed("a", "1", 0)
         assert metrics.in_flight == 0
 
     def test_threads_never_exceed_it(self) -> None:
@@ -194,7 +194,7 @@ class TestInFlight:
                 most[0] = max(most[0], inside[0])
             with lock:
                 inside[0] -= 1
-            metrics.leave()
+            metrics.failed("a", "1", 0)
             return True
 
         with ThreadPoolExecutor(8) as pool:
