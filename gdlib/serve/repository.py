@@ -171,6 +171,7 @@ class Repository:
             return
         stamp = _stamp_of(self._state_file)
         if stamp is None:
+            self._state_stamp = None
             return
         try:
             names = json.loads(self._state_file.read_bytes())["unloaded"]

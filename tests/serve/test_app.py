@@ -25,6 +25,7 @@ GET_PATHS = [
     "/v2/models/stats",
     "/metrics",
     "/openapi.json",
+    "/",
 ]
 POST_PATHS = [
     "/v2/repository/index",

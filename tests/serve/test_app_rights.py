@@ -18,7 +18,7 @@ from gdlib.serve.metrics import Metrics
 from gdlib.serve.repository import Repository
 
 TENSOR = {"name": "input", "shape": [1, 3], "datatype": "FP64", "data": [1, 0, 0]}
-OPEN = ["/v2/health/live", "/v2/health/ready", "/openapi.json"]
+OPEN = ["/v2/health/live", "/v2/health/ready", "/openapi.json", "/"]
 CLOSED = [
     ("GET", "/v2"),
     ("GET", "/v2/models/a"),
