@@ -2,8 +2,8 @@
 
 GDLIB_MODELS is the folder of models, without which nothing is served; the others are the arguments of `create_app`: GDLIB_KEYS (a file),
 GDLIB_ADMIN (1 or 0), GDLIB_ALLOWED_HOSTS (names after commas), GDLIB_ACCESS_LOG (a file, or - for standard output), GDLIB_STATE_DIR
-(a folder that all processes share) and GDLIB_MAX_IN_FLIGHT. A setting that is there and empty is an error: a forgotten value of
-GDLIB_KEYS must not open the server.
+(a folder that all processes share), GDLIB_MAX_IN_FLIGHT and GDLIB_BATCH_WINDOW (seconds). A setting that is there and empty is an error:
+a forgotten value of GDLIB_KEYS must not open the server.
 """
 
 import os
@@ -36,6 +36,13 @@ def _count(name: str, value: str) -> int:
     return int(value)
 
 
+def _seconds(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}: set it to a number of seconds.") from None
+
+
 _SETTINGS: dict[str, Callable[[str, str], Any]] = {
     "GDLIB_KEYS": _text,
     "GDLIB_ADMIN": _switch,
@@ -43,6 +50,7 @@ _SETTINGS: dict[str, Callable[[str, str], Any]] = {
     "GDLIB_ACCESS_LOG": _text,
     "GDLIB_STATE_DIR": _text,
     "GDLIB_MAX_IN_FLIGHT": _count,
+    "GDLIB_BATCH_WINDOW": _seconds,
 }
 
 

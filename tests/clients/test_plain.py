@@ -77,7 +77,13 @@ def test_head_has_no_body(server: Running):
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/", 404), ("GET", INFER, 405), ("DELETE", "/v2/models/house", 405), ("GET", "/v2/models/%2e%2e", 404), ("GET", "/v3", 404)],
+    [
+        ("GET", "/nothing", 404),
+        ("GET", INFER, 405),
+        ("DELETE", "/v2/models/house", 405),
+        ("GET", "/v2/models/%2e%2e", 404),
+        ("GET", "/v3", 404),
+    ],
 )
 def test_errors_are_json_everywhere(server: Running, method: str, path: str, status: int):
     got, headers, answer = server.ask(method, path)

@@ -30,7 +30,7 @@ SPECS = {
     "cube": TensorSpec("input", "FP64", (-1, 3, 1)),
 }
 OUTPUT = (TensorSpec("output", "FP64", (-1, 1)),)
-SIGNATURES = [Signature((spec,), OUTPUT, finite=False) for spec in SPECS.values()]
+SIGNATURES = [Signature((spec,), OUTPUT) for spec in SPECS.values()]
 SIGNATURES.append(Signature((SPECS["FP64"],), OUTPUT, ["a", "b:c", "d[0]"]))
 SIGNATURES.append(Signature((SPECS["FP64"], TensorSpec("mask", "BOOL", ())), OUTPUT))
 PARSERS = (parse_json, parse_request)

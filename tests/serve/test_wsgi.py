@@ -11,7 +11,7 @@ import pytest
 from gdlib import Linear, save
 from gdlib.serve.keys import add_key
 
-SETTINGS = ("MODELS", "KEYS", "ADMIN", "ALLOWED_HOSTS", "ACCESS_LOG", "STATE_DIR", "MAX_IN_FLIGHT")
+SETTINGS = ("MODELS", "KEYS", "ADMIN", "ALLOWED_HOSTS", "ACCESS_LOG", "STATE_DIR", "MAX_IN_FLIGHT", "BATCH_WINDOW")
 
 
 @pytest.fixture
@@ -66,6 +66,8 @@ def test_an_empty_setting_is_refused(application, name, value):
         ("ADMIN", "yes", "GDLIB_ADMIN is 'yes': set it to 1 or 0"),
         ("ADMIN", "2", "GDLIB_ADMIN is '2'"),
         ("MAX_IN_FLIGHT", "0", "GDLIB_MAX_IN_FLIGHT is '0': set it to a whole number of 1 or more"),
+        ("BATCH_WINDOW", "soon", "GDLIB_BATCH_WINDOW is 'soon': set it to a number of seconds"),
+        ("BATCH_WINDOW", "-1", "batch_window is -1.0: pass seconds, 0 to 1.0"),
         ("MAX_IN_FLIGHT", "-3", "GDLIB_MAX_IN_FLIGHT is '-3'"),
         ("MAX_IN_FLIGHT", "1.5", "GDLIB_MAX_IN_FLIGHT is '1.5'"),
         ("MAX_IN_FLIGHT", "9" * 5000, "GDLIB_MAX_IN_FLIGHT is '999"),
