@@ -123,7 +123,9 @@ class App:
         self._ids = RequestIds()
         self._background = Background(watch_seconds, (repository.refresh, self._metrics.flush), (repository.forked, self._metrics.forked))
         lost = (lambda: 0) if access_log is None else access_log.lines_lost
-        self._endpoints = Endpoints(repository, self._metrics, admin=admin, max_in_flight=max_in_flight, log_lines_lost=lost)
+        self._endpoints = Endpoints(
+            repository, self._metrics, keyed=keys is not None, admin=admin, max_in_flight=max_in_flight, log_lines_lost=lost
+        )
         to = self._endpoints
         self._routes = {
             "/v2": Route(GET, to.server),

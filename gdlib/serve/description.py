@@ -11,19 +11,32 @@ from gdlib.serve.protocol import Signature
 from gdlib.serve.tensors import BYTES, DTYPES, TensorSpec
 
 NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_LENGTH = "Inference-Header-Content-Length"
+_RAW: dict[str, Any] = {"description": "The JSON part, and the raw tensors after it.", "contentMediaType": "application/octet-stream"}
 _STRING, _INTEGER, _BOOLEAN = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 _ERRORS = {
     400: "The request is malformed; the text says where.",
     401: "No key, or none that is in force.",
     403: "The key lacks the scope, or the operation is switched off.",
     404: "There is no such model, version or path.",
-    405: "The method is not allowed; the Allow header says which are.",
     413: "The body is too large.",
     415: "The Content-Encoding is unknown.",
     421: "The Host header is not one of this server's names.",
     501: "The server does not have this extension.",
     503: "The model is not loaded, or too many requests are in flight; Retry-After says when to try again.",
 }
+
+_HEADERS: dict[str, Any] = {
+    "X-Request-Id": {"description": "The request's own id, or a fresh one.", "required": True, "schema": _STRING},
+    "WWW-Authenticate": {"required": True, "schema": {"const": "Bearer"}},
+    "Accept-Encoding": {"required": True, "schema": {"const": "gzip, deflate"}},
+    "Retry-After": {"description": "Seconds.", "required": True, "schema": {"type": "integer", "minimum": 0}},
+    _LENGTH: {
+        "description": "The length of the JSON part, where binary tensors follow it.",
+        "schema": {"type": "integer", "minimum": 0},
+    },
+}
+_HEADERS_OF = {401: ["WWW-Authenticate"], 415: ["Accept-Encoding"], 503: ["Retry-After"]}
 
 
 def model_config(name: str, platform: str, signature: Signature) -> dict[str, Any]:
@@ -43,8 +56,8 @@ def model_config(name: str, platform: str, signature: Signature) -> dict[str, An
     }
 
 
-def openapi(version: str) -> dict[str, Any]:
-    """The OpenAPI document of a server of this version."""
+def openapi(version: str, *, keys: bool) -> dict[str, Any]:
+    """The OpenAPI document of a server of this version; `keys`: whether it wants them."""
     paths: dict[str, Any] = {
         "/v2": _get("The server", _ref("Server")),
         "/v2/health/live": _get("Whether the server runs", _ref("Health"), open_=True),
@@ -78,8 +91,8 @@ def openapi(version: str) -> dict[str, Any]:
             "license": {"name": "BSD-3-Clause", "identifier": "BSD-3-Clause"},
         },
         "paths": paths,
-        "components": {"schemas": _schemas(), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-        "security": [{}, {"key": []}],
+        "components": {"schemas": _schemas(), "headers": _HEADERS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"key": []}] if keys else [],
     }
 
 
@@ -95,9 +108,15 @@ def _json_body(schema: dict[str, Any], required: bool) -> dict[str, Any]:
     return {"required": required, "content": _json(schema)}
 
 
+def _response(code: int, description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    names = ["X-Request-Id", *_HEADERS_OF.get(code, ())]
+    headers = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+    return {"description": description, "headers": headers, "content": _json(schema)}
+
+
 def _responses(schema: dict[str, Any], codes: tuple[int, ...], others: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    responses = {"200": {"description": "Success.", "content": _json(schema)}}
-    responses |= {str(code): {"description": _ERRORS[code], "content": _json(_ref("Error"))} for code in codes}
+    responses = {"200": _response(200, "Success.", schema)}
+    responses |= {str(code): _response(code, _ERRORS[code], _ref("Error")) for code in codes}
     return responses | {str(code): {"description": _ERRORS[code], "content": _json(other)} for code, other in others.items()}
 
 
@@ -119,11 +138,19 @@ def _operation(summary: str, schema: dict[str, Any], body: dict[str, Any]) -> di
 
 
 def _infer() -> dict[str, Any]:
-    operation = _operation("Predict", _ref("InferResponse"), _json_body(_ref("InferRequest"), True))
-    operation["responses"] |= {"503": {"description": _ERRORS[503], "content": _json(_ref("Error"))}}
+    tensor = {"name": "input", "shape": [1, 2], "datatype": "FP32", "data": [50, 2]}
+    body: dict[str, Any] = {"required": True, "content": _json(_ref("InferRequest")) | {"application/octet-stream": {"schema": _RAW}}}
+    body["content"]["application/json"]["examples"] = {"row": {"summary": "One row of two features", "value": {"inputs": [tensor]}}}
+    operation = _operation("Predict", _ref("InferResponse"), body)
+    operation["responses"]["503"] = _response(503, _ERRORS[503], _ref("Error"))
+    success = operation["responses"]["200"]
+    success["content"]["application/octet-stream"] = {"schema": _RAW}
+    success["headers"][_LENGTH] = {"$ref": f"#/components/headers/{_LENGTH}"}
+    operation["parameters"] = [{"name": _LENGTH, "in": "header", "schema": {"type": "integer", "minimum": 0}}]
     operation["description"] = (
         "Values as JSON in `data`, or raw after the JSON part: then the header Inference-Header-Content-Length gives the length of the "
-        "JSON part, and each such tensor its `parameters.binary_data_size`. Bodies may be compressed by gzip or deflate."
+        "JSON part, and each such tensor its `parameters.binary_data_size`. Bodies may be compressed by gzip or deflate. The Content-Type "
+        "makes no difference."
     )
     return operation
 
@@ -181,8 +208,8 @@ def _schemas() -> dict[str, Any]:
             }
         ),
         "Index": _array(version),
-        "IndexRequest": _object({}, {"ready": _BOOLEAN}),
-        "RepositoryRequest": _object({}, {"parameters": parameters}),
+        "IndexRequest": _object({}, {"ready": {"type": ["boolean", "null"]}}),
+        "RepositoryRequest": _object({}, {"parameters": {"type": ["object", "null"]}}),
         "Statistics": _object(
             {
                 "model_stats": _array(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter_ns
+from typing import Any
 
 from gdlib.serve import description, protocol
 from gdlib.serve.bodies import read_body, read_optional_body
@@ -17,7 +18,7 @@ from gdlib.serve.models import ServedModel
 from gdlib.serve.parsing import parse_header, parse_json, parse_request
 from gdlib.serve.protocol import UnsupportedError
 from gdlib.serve.repository import ModelVersion, Repository
-from gdlib.serve.tensors import ProtocolError, shorten
+from gdlib.serve.tensors import ProtocolError, checked, shorten
 
 EXTENSIONS = ["binary_tensor_data", "model_repository", "statistics", "model_configuration", "parameters"]
 RETRY_AFTER = ("Retry-After", "1")  # seconds
@@ -25,14 +26,15 @@ _NO_TAIL = memoryview(b"")
 
 
 class Endpoints:
-    """The handlers over a repository. `admin`: whether models are loaded and unloaded by request."""
+    """The handlers over a repository. `keyed`: whether keys are wanted. `admin`: whether models are loaded and unloaded by request."""
 
     def __init__(
-        self, repository: Repository, metrics: Metrics, *, admin: bool, max_in_flight: int, log_lines_lost: Callable[[], int]
+        self, repository: Repository, metrics: Metrics, *, keyed: bool, admin: bool, max_in_flight: int, log_lines_lost: Callable[[], int]
     ) -> None:
         self.draining = False
         self._repository = repository
         self._metrics = metrics
+        self._keyed = keyed
         self._admin = admin
         self._max_in_flight = max_in_flight
         self._log_lines_lost = log_lines_lost
@@ -51,11 +53,10 @@ class Endpoints:
         return not self.draining and self._repository.ready()
 
     def openapi(self, exchange: Exchange) -> Answer:
-        return Answer(description.openapi(_version()))
+        return Answer(description.openapi(_version(), keys=self._keyed))
 
     def index(self, exchange: Exchange) -> Answer:
-        body = read_optional_body(exchange.environ)
-        only_ready = parse_json(body).get("ready") is True if body else False
+        only_ready = _field(read_optional_body(exchange.environ), "ready", bool)
         self._repository.sync()
         return Answer(
             [
@@ -67,8 +68,7 @@ class Endpoints:
 
     def load(self, name: str, exchange: Exchange) -> Answer:
         self._check_admin(exchange)
-        body = read_optional_body(exchange.environ)
-        if body and parse_json(body).get("parameters"):
+        if _field(read_optional_body(exchange.environ), "parameters", dict):
             raise UnsupportedError("Models are loaded from the server's folder as they are there: send no configuration and no files.")
         exchange.model = name
         try:
@@ -84,7 +84,7 @@ class Endpoints:
 
     def unload(self, name: str, exchange: Exchange) -> Answer:
         self._check_admin(exchange)
-        read_optional_body(exchange.environ)  # it says what to do with models that this one is made of, and there are none
+        _field(read_optional_body(exchange.environ), "parameters", dict)  # about models that this one is made of, and there are none
         exchange.model = name
         try:
             self._repository.unload(name)
@@ -194,6 +194,12 @@ def _check_shared(exchange: Exchange, shared: bool) -> None:
     if many and not shared:
         message = "This server may run several processes, which share nothing: give them a common folder, GDLIB_STATE_DIR, for this."
         raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, message)
+
+
+def _field(body: bytes, key: str, wanted: type) -> Any:
+    """A field of a body that may be empty, as the field may be null or missing."""
+    value = parse_json(body).get(key) if body else None
+    return wanted() if value is None else checked(value, wanted, f"'{key}'")
 
 
 def _may_see(exchange: Exchange, model: str) -> bool:

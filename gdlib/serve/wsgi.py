@@ -38,7 +38,7 @@ def _count(name: str, value: str) -> int:
 
 def _seconds(name: str, value: str) -> float:
     try:
-        return float(value)
+        return float(value)  # create_app says which are too many
     except ValueError:
         raise ValueError(f"{name} is {value!r}: set it to a number of seconds.") from None
 

@@ -35,8 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 def server(request: pytest.FixtureRequest, folder: Callable[[], Path]) -> Iterator[Running]:
     """One process of each kind, without keys."""
     path = folder()
-    settings = {} if request.param == "waitress" else {"state_dir": path / "state"}
-    with Running(ONE[request.param], path / "models", path / "log", **settings) as running:
+    with Running(ONE[request.param], path / "models", path / "log", state_dir=path / "state") as running:
         yield running
 
 

@@ -83,12 +83,15 @@ class Running:
         self.port = free_port()
         self.netloc = f"{ADDRESS}:{self.port}"
         self.url = f"http://{self.netloc}"
-        if settings and self.program == "gdlib":
-            self._argv = [sys.executable, "-m", "tests.clients.waitress_server", str(self.port)]
-        else:
-            self._argv = _argv(words, self.port, models)
+        self._argv = _argv(words, self.port, models)
+        if self.program == "gdlib":  # one process, which shares nothing; the other settings are options
+            settings.pop("state_dir", None)
+            for name, value in settings.items():
+                self._argv.append(f"--{name.replace('_', '-')}")
+                self._argv += [] if value == 1 else [str(value)]
+            settings = {}
         self._environ = {name: value for name, value in os.environ.items() if not name.startswith("GDLIB_")}
-        self._environ |= {f"GDLIB_{name.upper()}": str(value) for name, value in ({"models": models} | settings).items()}
+        self._environ |= {f"GDLIB_{name.upper()}": str(value) for name, value in {"models": models, **settings}.items()}
         self._log = log
 
     def __enter__(self) -> Self:

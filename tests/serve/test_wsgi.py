@@ -71,6 +71,9 @@ def test_an_empty_setting_is_refused(application, name, value):
         ("MAX_IN_FLIGHT", "-3", "GDLIB_MAX_IN_FLIGHT is '-3'"),
         ("MAX_IN_FLIGHT", "1.5", "GDLIB_MAX_IN_FLIGHT is '1.5'"),
         ("MAX_IN_FLIGHT", "9" * 5000, "GDLIB_MAX_IN_FLIGHT is '999"),
+        ("BATCH_WINDOW", "soon", "GDLIB_BATCH_WINDOW is 'soon': set it to a number of seconds"),
+        ("BATCH_WINDOW", "nan", "batch_window is nan"),
+        ("BATCH_WINDOW", "1e9", "batch_window is 1000000000.0"),
         ("ALLOWED_HOSTS", "a,,b", "GDLIB_ALLOWED_HOSTS is 'a,,b', in which a name is empty"),
     ],
 )
@@ -118,6 +121,12 @@ def test_a_state_dir_lets_many_processes_answer(application, call, tmp_path):
     assert call(application(), "GET", "/metrics", **many).status == 501
     assert call(application(STATE_DIR=tmp_path / "state"), "GET", "/metrics", **many).status == 200
     assert (tmp_path / "state").is_dir()
+
+
+def test_batch_window(application, call):
+    app = application(BATCH_WINDOW="0.0005")
+    request = {"inputs": [{"name": "input", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}
+    assert call(app, "POST", "/v2/models/m/infer", request).status == 200
 
 
 def test_max_in_flight(application, call):
