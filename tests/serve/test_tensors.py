@@ -41,8 +41,26 @@ class TestShape:
 
     @pytest.mark.parametrize(
         "shape",
-        [[], [6], [2, 4], [3, 2], [2, 3, 1], [-1, 3], [0, 3], [2.0, 3], [True, 3], ["2", 3], [None, 3], [[2], 3], [{}, 3], [NAN, 3]]
-        + [[2**40 + 1, 3], [2**40, 3], [2**64, 3], pytest.param([10**4000, 3], id="4001 digits")],
+        [
+            [],
+            [6],
+            [2, 4],
+            [3, 2],
+            [2, 3, 1],
+            [-1, 3],
+            [0, 3],
+            [2.0, 3],
+            [True, 3],
+            ["2", 3],
+            [None, 3],
+            [[2], 3],
+            [{}, 3],
+            [NAN, 3],
+            [2**40 + 1, 3],
+            [2**40, 3],
+            [2**64, 3],
+            pytest.param([10**4000, 3], id="4001 digits"),
+        ],
     )
     def test_refuses(self, shape: list[Any]) -> None:
         with pytest.raises(ProtocolError, match=r"^The input's shape is not \[rows, 3\] with one row or more: send rows of 3 features\.$"):
@@ -118,8 +136,17 @@ class TestFromJson:
 
     @pytest.mark.parametrize(
         ("value", "what"),
-        [(1.0, "a number"), (1.7, "a number"), (1e300, "outside"), (None, "null"), ("1", "a string"), (True, "a boolean")]
-        + [(NAN, "a number"), ([1], "an array"), ({}, "an object")],
+        [
+            (1.0, "a number"),
+            (1.7, "a number"),
+            (1e300, "outside"),
+            (None, "null"),
+            ("1", "a string"),
+            (True, "a boolean"),
+            (NAN, "a number"),
+            ([1], "an array"),
+            ({}, "an object"),
+        ],
     )
     def test_integers_are_written_as_integers(self, value: Any, what: str) -> None:
         with pytest.raises(ProtocolError, match=rf"^Value 1 is {what}") as caught:
@@ -224,8 +251,16 @@ class TestFromBytes:
 
     @pytest.mark.parametrize(
         "raw",
-        [b"", strings(b"a"), strings(b"a", b"b")[:-1], strings(b"a", b"b") + b"x", strings(b"a", b"b", b"")]
-        + [strings(b"a") + b"\x01\x00\x00", strings(b"a") + b"\xff\xff\xff\xff", strings(b"a") + b"\x02\x00\x00\x00b"],
+        [
+            b"",
+            strings(b"a"),
+            strings(b"a", b"b")[:-1],
+            strings(b"a", b"b") + b"x",
+            strings(b"a", b"b", b""),
+            strings(b"a") + b"\x01\x00\x00",
+            strings(b"a") + b"\xff\xff\xff\xff",
+            strings(b"a") + b"\x02\x00\x00\x00b",
+        ],
     )
     def test_broken_strings(self, raw: bytes) -> None:
         with pytest.raises(ProtocolError, match="The BYTES tensor is not a length and that many bytes for each value of its shape"):
@@ -341,8 +376,13 @@ class TestAnswers:
 
     @pytest.mark.parametrize(
         ("array", "words"),
-        [(np.array([1, INF]), "infinite"), (np.array([-INF], np.float32), "infinite"), (np.array([1], np.float16), "FP16")]
-        + [(tensors.of_objects([b"a", b"\xff"]), "not UTF-8 text"), (tensors.of_objects([b"\xed\xa0\x80"]), "not UTF-8 text")],
+        [
+            (np.array([1, INF]), "infinite"),
+            (np.array([-INF], np.float32), "infinite"),
+            (np.array([1], np.float16), "FP16"),
+            (tensors.of_objects([b"a", b"\xff"]), "not UTF-8 text"),
+            (tensors.of_objects([b"\xed\xa0\x80"]), "not UTF-8 text"),
+        ],
     )
     def test_what_json_cannot_hold_names_the_binary_mode(self, array: Any, words: str) -> None:
         with pytest.raises(
