@@ -36,11 +36,10 @@ MODELS = {
     "named": Echo((TensorSpec("input", "FP64", (-1, 3)),), feature_names=FEATURES),
     "plain": Echo((TensorSpec("input", "FP32", (-1, 2)),)),
     "whole": Echo((TensorSpec("input", "INT8", (-1, 2)),)),
-    "half": Echo((TensorSpec("input", "FP16", (-1, 2)),), finite=False),
+    "half": Echo((TensorSpec("input", "FP16", (-1, 2)),)),
     "text": Echo((TensorSpec("input", BYTES, (-1,)),)),
     "many": Echo(
         (TensorSpec("x", "FP32", (-1, 2, 1)), TensorSpec("i", "UINT64", (-1,)), TensorSpec("b", "BOOL", (2,)), TensorSpec("s", "FP64", ())),
-        finite=False,
     ),
 }
 
