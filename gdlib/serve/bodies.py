@@ -14,6 +14,7 @@ MAX_JSON_BYTES = 8 * 2**20  # parsed JSON takes some 10 to 40 times its size in 
 MAX_BYTES = 64 * 2**20  # of a body with binary tensors, which are used where they lie
 MIN_COMPRESSED = 1024  # bytes; below it an answer fits one packet anyway
 _LEVEL = 1  # of compression: numbers hardly shrink further at higher ones
+_STEP = 4096  # bytes unpacked at once, to 4 MiB at most, of which zlib then holds two copies
 _WBITS = {"gzip": 31, "deflate": 15}  # zlib's names for the two formats; HTTP's deflate is zlib's, with its header
 
 
@@ -108,12 +109,17 @@ def _unpack(body: bytes, encoding: str, limit: int) -> bytes:
             status, f"The Content-Encoding is {shorten(encoding)}: use gzip, deflate or none.", ("Accept-Encoding", "gzip, deflate")
         )
     unpacker = zlib.decompressobj(wbits)
-    try:
-        unpacked = unpacker.decompress(body, limit + 1)
-    except zlib.error:
-        raise ProtocolError(f"The body is not {shorten(encoding)} data: compress it again, or leave Content-Encoding out.") from None
-    if len(unpacked) > limit:
-        raise _too_large(limit)
-    if not unpacker.eof or unpacker.unused_data:
+    parts: list[bytes] = []
+    at, left = 0, limit
+    while at < len(body) and not unpacker.eof:
+        try:
+            parts.append(unpacker.decompress(body[at : at + _STEP], left + 1))
+        except zlib.error:
+            raise ProtocolError(f"The body is not {shorten(encoding)} data: compress it again, or leave Content-Encoding out.") from None
+        left -= len(parts[-1])
+        if left < 0:
+            raise _too_large(limit)
+        at += _STEP
+    if not unpacker.eof or unpacker.unused_data or at < len(body):
         raise ProtocolError(f"The body is not one whole {shorten(encoding)} stream: send all of it, and nothing after it.")
-    return unpacked
+    return b"".join(parts)

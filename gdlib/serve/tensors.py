@@ -93,7 +93,7 @@ def from_json(data: Any, datatype: str, shape: tuple[int, ...], where: Where) ->
         values = data.reshape(shape)
         if dtype.kind in "iu":
             _check_range(values, dtype, where)
-        return _as_dtype(values, dtype)
+        return _cast(values, dtype)
     flat = _flatten(checked(data, list, "The input's 'data'"), shape)
     if dtype.kind in "iu":
         array = _integers(flat, dtype, where)
@@ -139,7 +139,7 @@ def convert(array: NDArray[Any], spec: TensorSpec, where: Where) -> NDArray[Any]
         return array if array.flags.aligned else array.copy()  # raw bytes lie wherever the JSON part ends
     if wanted.kind in "iu":
         _check_range(array, wanted, where)
-    return _as_dtype(array, wanted)
+    return _cast(array, wanted)
 
 
 def check_finite(array: NDArray[Any], where: Where) -> None:
@@ -204,6 +204,14 @@ def _flatten(data: list[Any], shape: Sequence[int]) -> list[Any]:
     return level
 
 
+def _cast(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if values.dtype == dtype:
+        return values
+    # An infinity is reported by its place, where the model does not take any; a signalling NaN becomes a quiet one.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(dtype)
+
+
 def _check_range(values: NDArray[Any], dtype: np.dtype[Any], where: Where) -> None:
     limits = np.iinfo(dtype)
     low, high = int(values.min()), int(values.max())  # compared as Python's integers, which do not wrap
@@ -241,15 +249,7 @@ def _floats(values: list[Any], dtype: np.dtype[Any], where: Where) -> NDArray[An
         array = np.array(values, np.float64)
     except OverflowError:
         raise ProtocolError("'data' holds an integer too large for FP64: send smaller values.") from None
-    return _as_dtype(array, dtype)
-
-
-def _as_dtype(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    if array.dtype == dtype:
-        return array
-    # An infinity is for the model to judge, which can name the place; a signalling NaN becomes a quiet one.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return array.astype(dtype)
+    return _cast(array, dtype)
 
 
 def _check_types(values: list[Any], wanted: set[type], where: Where, what: str) -> set[type]:

@@ -35,6 +35,9 @@ from gdlib.serve.tensors import DTYPES, ProtocolError
 sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it has no package around it
 from tests.serve.fuzz_requests import MODELS, Case, Mutator, corpus, environ_of
 
+_NAME = r"""(?:(?<![a-z])'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\b(?:0x[0-9a-f]+|[0-9]+))"""
+_NAMES = re.compile(rf"{_NAME}(?:, {_NAME})*")  # what differs between two texts of a kind
+
 
 class Fuzzer:
     """Runs requests, and raises AssertionError for one that is answered as it should not be."""
@@ -58,7 +61,7 @@ class Fuzzer:
                 except Exception as error:
                     raise AssertionError(f"execution {number}: {type(error).__name__}: {error}\n{case}") from error
                 self.statuses[status] += 1
-                kind = f"{status} " + re.sub(r"'[^']*'|\"[^\"]*\"|-?[0-9]+", "_", text)
+                kind = f"{status} " + _NAMES.sub("_", text)
                 if kind not in self.texts:
                     self.texts[kind] = status
                     if len(case.json) + len(case.tail) < 20_000:

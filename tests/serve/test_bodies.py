@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import random
 import tracemalloc
 import zlib
 from typing import Any
@@ -167,6 +168,14 @@ class TestCompressed:
         chunked = environ(packed, None, None, HTTP_CONTENT_ENCODING=encoding, **{"wsgi.input_terminated": True})
         assert read_body(chunked)[0] == BODY + bytes(8)
 
+    @pytest.mark.parametrize("encoding", PACK)
+    def test_numbers_that_hardly_shrink(self, encoding: str) -> None:
+        for size in (4_000, 4_096, 100_000):
+            body = random.Random(size).randbytes(size)
+            packed = PACK[encoding](body)
+            assert read_body(environ(packed, HTTP_CONTENT_ENCODING=encoding))[0] == body
+            assert "not one whole" in refused(400, environ(packed[:-1], HTTP_CONTENT_ENCODING=encoding))
+
     @pytest.mark.parametrize("encoding", ["", "identity", "Identity", " identity"])
     def test_nothing_to_unpack(self, encoding: str) -> None:
         assert read_body(environ(BODY, HTTP_CONTENT_ENCODING=encoding)) == (BODY, len(BODY))
@@ -187,7 +196,7 @@ class TestCompressed:
             assert "not one whole" in refused(400, environ(packed[:size], HTTP_CONTENT_ENCODING=encoding))
 
     @pytest.mark.parametrize("encoding", PACK)
-    @pytest.mark.parametrize("more", [b"x", b"\0", gzip.compress(BODY), bytes(1000)])
+    @pytest.mark.parametrize("more", [b"x", b"\0", gzip.compress(BODY), bytes(10_000)])
     def test_something_after_it(self, encoding: str, more: bytes) -> None:
         assert "and nothing after it" in refused(400, environ(PACK[encoding](BODY) + more, HTTP_CONTENT_ENCODING=encoding))
 
@@ -218,7 +227,7 @@ class TestBombs:
                 peak = tracemalloc.get_traced_memory()[1]
             finally:
                 tracemalloc.stop()
-            assert peak < 2.2 * limit  # zlib joins its blocks at the end
+            assert peak < limit + 10 * MIB
 
     @pytest.mark.parametrize("encoding", PACK)
     def test_exactly_the_limit(self, encoding: str) -> None:

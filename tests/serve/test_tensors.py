@@ -1,11 +1,10 @@
-"""Tensors on the wire: what JSON values and raw bytes become, what is refused and with which words, and what goes back."""
+"""Tensors on the wire: what JSON values and raw bytes become, what is refused and with which words."""
 
 import math
 import struct
 from typing import Any
 
 import numpy as np
-import orjson
 import pytest
 
 from gdlib.serve import tensors
@@ -331,66 +330,7 @@ class TestCheckFinite:
                 tensors.check_finite(array, place)
 
 
-class TestAnswers:
-    def json(self, array: Any) -> Any:
-        return orjson.loads(orjson.dumps(tensors.to_json(np.asarray(array), "y"), option=orjson.OPT_SERIALIZE_NUMPY))
-
-    @pytest.mark.parametrize("datatype", [*NUMERIC, BYTES])
-    def test_bytes_come_back(self, datatype: str) -> None:
-        if datatype == BYTES:
-            array = tensors.of_objects([b"", b"\xff", b"abc", b"d"]).reshape(2, 2)
-        else:
-            array = np.array([[0, 1], [1, 0]], NUMERIC[datatype]).T
-        np.testing.assert_array_equal(from_bytes(tensors.to_bytes(array), datatype, (2, 2)), array)
-
-    @pytest.mark.parametrize("datatype", [*IN_JSON, BYTES])
-    def test_json_comes_back(self, datatype: str) -> None:
-        if datatype == BYTES:
-            array = tensors.of_objects([b"", "é\0".encode(), b"abc", b"d"]).reshape(2, 2)
-        else:
-            array = np.array([[0, 1], [1, 0]], NUMERIC[datatype])[:, ::-1]
-        back = from_json(self.json(array), datatype, (2, 2))
-        assert back.dtype == array.dtype
-        np.testing.assert_array_equal(back, array)
-
-    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    def test_numbers_survive_json_bit_for_bit(self, dtype: Any) -> None:
-        values = np.random.default_rng(0).integers(0, 2**63, 400).view(np.float64)
-        values = np.concatenate([values[np.abs(values) < np.finfo(dtype).max], [5e-324, 1e-45, np.finfo(dtype).max]]).astype(dtype)
-        np.testing.assert_array_equal(np.array(self.json(values), dtype), values)
-
-    def test_integer_limits_survive_json(self) -> None:
-        for datatype in INTEGERS:
-            limits = np.iinfo(NUMERIC[datatype])
-            assert self.json(np.array([limits.min, limits.max], NUMERIC[datatype])) == [limits.min, limits.max]
-
-    def test_nan_becomes_null(self) -> None:
-        for dtype in (np.float32, np.float64):
-            assert self.json(np.array([[1, NAN], [NAN, 2]], dtype)) == [1, None, None, 2]
-
-    def test_no_values_and_no_axes(self) -> None:
-        assert self.json(np.zeros((0, 3))) == []
-        assert self.json(np.array(2.5)) == [2.5]
-        assert tensors.to_bytes(np.array(2, "<i2")) == b"\x02\x00"
-        assert tensors.to_bytes(tensors.of_objects([])) == b""
-
-    @pytest.mark.parametrize(
-        ("array", "words"),
-        [
-            (np.array([1, INF]), "infinite"),
-            (np.array([-INF], np.float32), "infinite"),
-            (np.array([1], np.float16), "FP16"),
-            (tensors.of_objects([b"a", b"\xff"]), "not UTF-8 text"),
-            (tensors.of_objects([b"\xed\xa0\x80"]), "not UTF-8 text"),
-        ],
-    )
-    def test_what_json_cannot_hold_names_the_binary_mode(self, array: Any, words: str) -> None:
-        refuse = tensors.check_json if words == "infinite" else tensors.to_json
-        with pytest.raises(
-            ProtocolError, match=rf"{words}.* ask for output 'y' in the binary format \(its parameter 'binary_data': true\)"
-        ):
-            refuse(array, "y")
-
+class TestNames:
     def test_the_names_of_datatypes(self) -> None:
         assert [tensors.DATATYPE_NAMES[dtype] for dtype in NUMERIC.values()] == list(NUMERIC)
         assert tensors.shorten("x" * 1000) == repr("x" * 57 + "...")
