@@ -155,7 +155,10 @@ TOKENS += [
 LENGTHS = ["", "0", "1", "-1", "+1", " 1", "1_0", "1.5", "x", "8388609", "67108865", "9" * 19, "9" * 30, "٣", None]
 ENCODINGS = ["gzip", "deflate", "GZIP", "identity", "br", "gzip, gzip", "", "x" * 100]
 ACCEPTED = ["gzip", "deflate", "gzip;q=0", "deflate;q=0.5, gzip;q=0", "*", "", ";;,q=", "identity"]
-PACK: dict[str, Callable[[bytes], bytes]] = {"gzip": lambda body: gzip.compress(body, 1), "deflate": lambda body: zlib.compress(body, 1)}
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": lambda body: gzip.compress(body, 1, mtime=0),
+    "deflate": lambda body: zlib.compress(body, 1),
+}
 
 
 class Mutator:
