@@ -123,9 +123,9 @@ class _TensorReader:
         datatype = checked(tensor.get("datatype"), str, "The input's 'datatype'")
         if datatype not in DTYPES:
             raise ProtocolError(f"The input's datatype is {shorten(datatype)}: send one of {', '.join(DTYPES)}.")
-        if datatype != spec.datatype:
-            tensors.check_convertible(datatype, spec)
         shape = tensors.check_shape(tensor.get("shape"), spec)
+        if datatype != spec.datatype:
+            tensors.check_convertible(datatype, shape, spec)
         parameters = _optional(tensor, "parameters", dict, "The input's 'parameters'")
         size = None
         if parameters:

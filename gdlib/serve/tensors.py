@@ -27,6 +27,7 @@ DTYPES = NUMERIC | {BYTES: np.dtype(object), BF16: np.dtype("<f4")}  # NumPy has
 DATATYPE_NAMES = {dtype: name for name, dtype in NUMERIC.items()} | {np.dtype(object): BYTES}
 RAW_ONLY = {"FP16", BF16}  # clients refuse these in JSON
 _CONVERTIBLE = {"f": "biuf", "i": "biu", "u": "biu", "b": "b", "O": "O"}  # NumPy's kinds: a model's -> those that it may be sent
+MAX_CONVERTED_BYTES = 2**27  # of a tensor in the model's datatype, which may be eight times as wide as that which was sent
 _LITTLE = sys.byteorder == "little"
 _MAX_SIZE = 2**40  # of one axis and of their product: far above any limit on the body, far below what overflows
 _JSON_TYPES: dict[type, str] = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
@@ -126,10 +127,12 @@ def from_bytes(raw: memoryview, datatype: str, shape: tuple[int, ...]) -> NDArra
     return array.reshape(shape)
 
 
-def check_convertible(datatype: str, spec: TensorSpec) -> None:
-    """Raises ProtocolError where `convert` has no way from `datatype`: known before the values, which may be millions, are read."""
+def check_convertible(datatype: str, shape: tuple[int, ...], spec: TensorSpec) -> None:
+    """Raises ProtocolError where `convert` has no way from `datatype`, or too far a one, before values, perhaps millions, are read."""
     if DTYPES[datatype].kind not in _CONVERTIBLE[DTYPES[spec.datatype].kind]:
         raise ProtocolError(f"The input's datatype {datatype} does not fit: send input {shorten(spec.name)} as {spec.datatype}.")
+    if math.prod(shape) * DTYPES[spec.datatype].itemsize > MAX_CONVERTED_BYTES:
+        raise ProtocolError(f"The input takes more than {MAX_CONVERTED_BYTES} bytes as {spec.datatype}: send fewer rows in one request.")
 
 
 def convert(array: NDArray[Any], spec: TensorSpec, where: Where) -> NDArray[Any]:

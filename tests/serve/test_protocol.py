@@ -82,6 +82,12 @@ class TestOneInput:
         with pytest.raises(ProtocolError, match=f"^Row 0, feature 'size' is infinite, or too large for {wanted}"):
             read({"inputs": [tensor(shape=(1, 3), datatype=given, data=[1, 1e39, 3])]}, signature=signature)
 
+    def test_a_tensor_that_would_grow_too_far(self) -> None:
+        rows = 2**27 // 8 // 3 + 1
+        raw = bytes(3 * rows)
+        with pytest.raises(ProtocolError, match="The input takes more than 134217728 bytes as FP64: send fewer rows"):
+            read(*split((tensor(shape=(rows, 3), datatype="INT8"), raw)))
+
     @pytest.mark.parametrize("value", [NAN, INF, -INF])
     def test_what_a_model_does_not_take(self, value: float) -> None:
         X = np.array([[1, 2, 3], [4, value, 6]])

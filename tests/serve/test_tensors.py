@@ -276,14 +276,14 @@ class TestConvert:
                 floats, integers = given in ("FP16", BF16, "FP32", "FP64"), "INT" in given or given == "BOOL"
                 fits = given == wanted or (wanted[0] == "F" and (floats or integers)) or ("INT" in wanted and integers)
                 if fits:
-                    tensors.check_convertible(given, TensorSpec("x", wanted, (-1,)))
+                    tensors.check_convertible(given, (1,), TensorSpec("x", wanted, (-1,)))
                     array = from_bytes(
                         strings(b"z") if given == BYTES else bytes(2 if given == BF16 else DTYPES[given].itemsize), given, (1,)
                     )
                     assert self.convert(array, wanted).dtype == DTYPES[wanted]
                 else:
                     with pytest.raises(ProtocolError, match=f"^The input's datatype {given} does not fit: send input 'x' as {wanted}"):
-                        tensors.check_convertible(given, TensorSpec("x", wanted, (-1,)))
+                        tensors.check_convertible(given, (1,), TensorSpec("x", wanted, (-1,)))
 
     def test_integers_must_fit(self) -> None:
         assert self.convert(np.array([-128, 127], np.int64), "INT8").tolist() == [-128, 127]
