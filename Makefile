@@ -17,6 +17,7 @@ test: $(VENV)/installed-test
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.serving
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

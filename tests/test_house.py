@@ -63,7 +63,7 @@ SERVE = {
     "onnx": {"models", "protocol", "tensors"},
     "locks": set(),
     "repository": {"locks", "models", "onnx"},
-    "metrics": set(),
+    "metrics": {"locks"},
     "keys": {"locks"},
     "exchange": {"keys"},
     "bodies": {"exchange", "tensors"},

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gdlib import serialization
-from gdlib.serve.models import INPUT_NAME, OUTPUT_NAME, Arrays, NativeModel, Predictor, ServedModel
+from gdlib.serve.models import INPUT_NAME, OUTPUT_NAME, Arrays, NativeModel, Predictor, ServedModel, load_copy
 
 MIN_BYTES = 2**20  # a core's L2: a model that fits it is computed faster than anybody waits
 MAX_ROWS = 256  # of a batch that still waits for more: by then computing costs more than reading the weights
@@ -86,5 +85,5 @@ class BatchedModel(NativeModel):
 
 def load_batched(path: Path, window: float) -> ServedModel:
     """The gdlib model in a file; one whose weights do not fit a core's cache batches its requests. Raises what `gdlib.load` raises."""
-    model = serialization.load(path)
+    model = load_copy(path)
     return BatchedModel(model, window) if path.stat().st_size >= MIN_BYTES else NativeModel(model)

@@ -14,6 +14,7 @@ MAX_JSON_BYTES = 8 * 2**20  # parsed JSON takes some 10 to 40 times its size in 
 MAX_BYTES = 64 * 2**20  # of a body with binary tensors, which are used where they lie
 MIN_COMPRESSED = 1024  # bytes; below it an answer fits one packet anyway
 _LEVEL = 1  # of compression: numbers hardly shrink further at higher ones
+_STEP = 4096  # bytes unpacked at once, to 4 MiB at most, of which zlib then holds two copies
 _WBITS = {"gzip": 31, "deflate": 15}  # zlib's names for the two formats; HTTP's deflate is zlib's, with its header
 
 
@@ -30,18 +31,22 @@ def read_body(environ: WSGIEnvironment) -> tuple[bytes, int]:
         if len(body) > limit:
             raise _too_large(limit)
     else:
-        size = _as_size(length or "", "Content-Length", limit)
+        size = _as_size(length or "", "Content-Length")
+        if size > limit:
+            raise _too_large(limit)
         body = _read(environ, size)
         if len(body) < size:
             raise ProtocolError("The body is shorter than its Content-Length: send all of it.")
     encoding = environ.get("HTTP_CONTENT_ENCODING")
-    if encoding and encoding.lower() != "identity":
+    if encoding and encoding.strip().lower() != "identity":
         body = _unpack(body, encoding, limit)
     if header is None:
         return body, len(body)
-    json_length = _as_size(header, "Inference-Header-Content-Length", MAX_JSON_BYTES)
+    json_length = _as_size(header, "Inference-Header-Content-Length")
     if json_length > len(body):
         raise ProtocolError("The Inference-Header-Content-Length is more than the body holds: send the length of its JSON part.")
+    if json_length > MAX_JSON_BYTES:
+        raise _too_large(MAX_JSON_BYTES)
     return body, json_length
 
 
@@ -70,13 +75,10 @@ def _refused(token: str) -> bool:
     return parameter.startswith("q=0") and not parameter[3:].strip(".0")
 
 
-def _as_size(text: str, header: str, limit: int) -> int:
+def _as_size(text: str, header: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise ProtocolError(f"The {header} header is missing or not a number: send a length in bytes.")
-    # Compared as text first: Python refuses to read integers of thousands of digits.
-    if len(text) > 19 or int(text) > limit:
-        raise _too_large(limit)
-    return int(text)
+    return int(text) if len(text) < 20 else 10**20  # Python refuses to read integers of thousands of digits
 
 
 def _too_large(limit: int) -> HTTPError:
@@ -88,8 +90,12 @@ def _read(environ: WSGIEnvironment, size: int) -> bytes:
     stream = environ["wsgi.input"]
     try:
         body: bytes = stream.read(size)
-        while len(body) < size and (more := stream.read(size - len(body))):  # some servers hand out what has arrived
-            body += more
+        if len(body) < size:  # some servers hand out what has arrived
+            parts, left = [body], size - len(body)
+            while left > 0 and (more := stream.read(left)):
+                parts.append(more)
+                left -= len(more)
+            body = b"".join(parts)
     except OSError:
         raise ProtocolError("The connection broke before the body was whole: send it again.") from None
     return body
@@ -103,12 +109,17 @@ def _unpack(body: bytes, encoding: str, limit: int) -> bytes:
             status, f"The Content-Encoding is {shorten(encoding)}: use gzip, deflate or none.", ("Accept-Encoding", "gzip, deflate")
         )
     unpacker = zlib.decompressobj(wbits)
-    try:
-        unpacked = unpacker.decompress(body, limit + 1)
-    except zlib.error:
-        raise ProtocolError(f"The body is not {shorten(encoding)} data: compress it again, or leave Content-Encoding out.") from None
-    if len(unpacked) > limit:
-        raise _too_large(limit)
-    if not unpacker.eof or unpacker.unused_data:
+    parts: list[bytes] = []
+    at, left = 0, limit
+    while at < len(body) and not unpacker.eof:
+        try:
+            parts.append(unpacker.decompress(body[at : at + _STEP], left + 1))
+        except zlib.error:
+            raise ProtocolError(f"The body is not {shorten(encoding)} data: compress it again, or leave Content-Encoding out.") from None
+        left -= len(parts[-1])
+        if left < 0:
+            raise _too_large(limit)
+        at += _STEP
+    if not unpacker.eof or unpacker.unused_data or at < len(body):
         raise ProtocolError(f"The body is not one whole {shorten(encoding)} stream: send all of it, and nothing after it.")
-    return unpacked
+    return b"".join(parts)

@@ -13,15 +13,16 @@ from gdlib.serve import description, protocol
 from gdlib.serve.bodies import read_body, read_optional_body
 from gdlib.serve.exchange import BINARY, Answer, Exchange, HTTPError
 from gdlib.serve.keys import ADMIN, METRICS
-from gdlib.serve.metrics import Metrics, Record, Stages, in_order, prometheus_text
+from gdlib.serve.metrics import Metrics, Record, in_order, prometheus_text
 from gdlib.serve.models import ServedModel
-from gdlib.serve.parsing import parse_json, parse_request
+from gdlib.serve.parsing import parse_header, parse_json, parse_request
 from gdlib.serve.protocol import UnsupportedError
 from gdlib.serve.repository import ModelVersion, Repository
 from gdlib.serve.tensors import ProtocolError, checked, shorten
 
 EXTENSIONS = ["binary_tensor_data", "model_repository", "statistics", "model_configuration", "parameters"]
 RETRY_AFTER = ("Retry-After", "1")  # seconds
+_NO_TAIL = memoryview(b"")
 
 
 class Endpoints:
@@ -144,25 +145,26 @@ class Endpoints:
         try:
             body, json_length = read_body(exchange.environ)
             exchange.bytes_in = len(body)
-            request = protocol.decode(parse_request(body[:json_length]), memoryview(body)[json_length:], model.signature)
+            if json_length == len(body):
+                request = protocol.decode(parse_request(body), _NO_TAIL, model.signature)
+            else:
+                request = protocol.decode(parse_header(body[:json_length]), memoryview(body)[json_length:], model.signature)
             read = perf_counter_ns()
             arrays = model.predict(request.arrays)
             computed = perf_counter_ns()
             answer, json_length_out = protocol.encode(name, entry.version, arrays, request.outputs, request.identifier)
+            exchange.rows = request.rows
         except BaseException:
             self._metrics.failed(name, entry.version, perf_counter_ns() - begin)
             raise
-        finally:
-            self._metrics.leave()
-        exchange.rows = request.rows
-        self._metrics.succeeded(name, entry.version, request.rows, Stages(read - begin, computed - read, perf_counter_ns() - computed))
+        self._metrics.succeeded(name, entry.version, request.rows, (read - begin, computed - read, perf_counter_ns() - computed))
         if json_length_out is None:
             return Answer(answer)
         return Answer(answer, 200, BINARY, (("Inference-Header-Content-Length", str(json_length_out)),))
 
     def _find(self, name: str, version: str | None, exchange: Exchange) -> ModelVersion:
         exchange.model = name
-        if not _may_see(exchange, name):
+        if exchange.key is not None and not exchange.key.allows_model(name):
             raise _forbidden(f"models:{name}")
         self._repository.sync(name)
         try:

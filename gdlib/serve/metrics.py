@@ -8,12 +8,15 @@ and 75 ms of the start, a third of what the whole server has.
 import atexit
 import logging
 import os
+import re
 import secrets
+import socket
 import threading
 import time
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +24,15 @@ from typing import Any, NamedTuple
 import orjson
 
 from gdlib.serialization import write_atomically
+from gdlib.serve.locks import locked
 
 logger = logging.getLogger(__name__)
 
 LATENCY_BUCKETS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 BATCH_BUCKETS = tuple(4**power for power in range(9))  # rows of a request, up to 65,536
 MAX_BATCH_SIZES = 64  # that are told apart by model and version: a client chooses them freely
+_HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32] or "host"
+_ENDED = "0"  # in place of a process's number: the sum of ended ones
 _BOUNDS_NS = tuple(round(bound * 1e9) for bound in LATENCY_BUCKETS)
 
 
@@ -42,38 +48,42 @@ class Record:
     """The counts of one version of a model. All but `last` add up."""
 
     def __init__(self) -> None:
-        self.success = [0, 0]  # requests, nanoseconds
-        self.fail = [0, 0]
-        self.stages = [0, 0, 0]  # nanoseconds
+        self.fail = [0, 0]  # requests, nanoseconds
         self.rows = 0
         self.last = 0  # of the last inference, milliseconds since 1970
         self.latency = [0] * (len(_BOUNDS_NS) + 1)  # requests in each bucket, the last without a bound
         self.batches: dict[int, list[int]] = {}  # rows -> requests, nanoseconds of the stages
 
-    def succeed(self, rows: int, stages: Stages) -> None:
-        """Count an answer to a request of `rows` rows."""
-        elapsed = sum(stages)
-        self.success[0] += 1
-        self.success[1] += elapsed
+    @property
+    def stages(self) -> list[int]:
+        """Nanoseconds of all requests that were answered, by stage."""
+        return [sum(counts[1 + i] for counts in self.batches.values()) for i in range(len(Stages._fields))]
+
+    @property
+    def success(self) -> list[int]:
+        """Requests that were answered, and their nanoseconds."""
+        return [sum(counts[0] for counts in self.batches.values()), sum(self.stages)]
+
+    def succeed(self, rows: int, stages: tuple[int, int, int]) -> None:
+        """Count an answer to a request of `rows` rows, and the nanoseconds of its `Stages`."""
+        read, computed, written = stages
         self.rows += rows
         self.last = int(time.time() * 1000)
-        self.latency[bisect_left(_BOUNDS_NS, elapsed)] += 1
+        self.latency[bisect_left(_BOUNDS_NS, read + computed + written)] += 1
         batch = self.batches.get(rows)
         if batch is None:
             while len(self.batches) >= MAX_BATCH_SIZES and rows not in self.batches and rows & (rows - 1):
                 rows = 1 << rows.bit_length()  # the next power of two
             batch = self.batches.setdefault(rows, [0, 0, 0, 0])
         batch[0] += 1
-        for i in range(3):
-            self.stages[i] += stages[i]
-            batch[i + 1] += stages[i]
+        batch[1] += read
+        batch[2] += computed
+        batch[3] += written
 
     def add(self, other: "Record") -> None:
         """Add the counts of another process."""
         for mine, theirs in (
-            (self.success, other.success),
             (self.fail, other.fail),
-            (self.stages, other.stages),
             (self.latency, other.latency),
         ):
             mine[:] = [a + b for a, b in zip(mine, theirs, strict=True)]
@@ -123,6 +133,7 @@ class Metrics:
         self._failed = False
         if folder is not None:
             atexit.register(_flush_at_exit, weakref.ref(self))
+            _fold(folder)
 
     @property
     def shared(self) -> bool:
@@ -137,16 +148,16 @@ class Metrics:
             self.in_flight += 1
             return True
 
-    def leave(self) -> None:
+    def succeeded(self, model: str, version: str, rows: int, stages: tuple[int, int, int]) -> None:
+        """Count a request that had entered as answered."""
         with self._lock:
             self.in_flight -= 1
-
-    def succeeded(self, model: str, version: str, rows: int, stages: Stages) -> None:
-        with self._lock:
             self._record(model, version).succeed(rows, stages)
 
     def failed(self, model: str, version: str, nanoseconds: int) -> None:
+        """Count a request that had entered as refused or failed."""
         with self._lock:
+            self.in_flight -= 1
             fail = self._record(model, version).fail
             fail[0] += 1
             fail[1] += nanoseconds
@@ -161,6 +172,8 @@ class Metrics:
         self._lock, self._flushing = threading.Lock(), threading.Lock()  # the parent's may have been held by a thread that is not here
         self._records, self._responses, self.in_flight = {}, {}, 0
         self._name, self._process, self._flushed = _fresh_name(), os.getpid(), b""
+        if self._folder is not None:
+            _fold(self._folder)
 
     def flush(self) -> None:
         """Write this process's counts, if they have changed, where the others read them. A disk that is full is reported once."""
@@ -168,11 +181,7 @@ class Metrics:
             return
         with self._flushing:  # or older counts could come last
             with self._lock:
-                content = {
-                    "responses": list(self._responses.items()),
-                    "records": [(*key, vars(record) | {"batches": list(record.batches.items())}) for key, record in self._records.items()],
-                }
-                text = orjson.dumps(content)
+                text = _to_text(self._records, self._responses)
             if text == self._flushed:
                 return
             try:
@@ -189,18 +198,12 @@ class Metrics:
         self.flush()  # what is shown once is seen by whoever is asked next
         with self._lock:
             records, responses = {key: _copy(record) for key, record in self._records.items()}, dict(self._responses)
-        for path in () if self._folder is None else self._folder.glob("metrics-*.json"):
-            if path.name == self._name:
-                continue
-            try:
-                their_records, their_responses = _read(path)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                logger.warning("The counts in %s cannot be read, and are left out: %s", path, error)
-                continue
-            for status, count in their_responses.items():
-                responses[status] = responses.get(status, 0) + count
-            for key, record in their_records.items():
-                records.setdefault(key, Record()).add(record)
+        if self._folder is not None:
+            # Without the lock files could be folded into one meanwhile, and counted twice.
+            with suppress(FileNotFoundError), locked(self._folder):  # flush has said that the folder is gone
+                for path in self._folder.glob("metrics-*.json"):
+                    if path.name != self._name:
+                        _add_file(path, records, responses)
         return records, responses
 
     def _record(self, model: str, version: str) -> Record:
@@ -254,8 +257,38 @@ def _order(item: tuple[tuple[str, str], Record]) -> tuple[str, int]:
     return in_order(item[0])
 
 
-def _fresh_name() -> str:
-    return f"metrics-{os.getpid()}-{secrets.token_hex(4)}.json"  # process numbers come again
+def _fresh_name(process: int | None = None) -> str:
+    # Process numbers come again, and mean nothing on another host.
+    return f"metrics-{_HOST}-{os.getpid() if process is None else process}-{secrets.token_hex(4)}.json"
+
+
+def _has_ended(path: Path) -> bool:
+    process = path.name.split("-")[2]
+    if process == _ENDED:
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
+
+
+def _fold(folder: Path) -> None:
+    """Make one file of those of ended processes: a server that renews its workers would fill the folder."""
+    try:
+        with locked(folder):
+            records: Records = {}
+            responses: dict[int, int] = {}
+            ended = [path for path in folder.glob(f"metrics-{_HOST}-*-*.json") if _has_ended(path)]
+            folded = [path for path in ended if _add_file(path, records, responses)]
+            if len(folded) > 1:
+                write_atomically(folder / _fresh_name(int(_ENDED)), _to_text(records, responses))
+                for path in folded:
+                    path.unlink()
+    except OSError as error:
+        logger.warning("The counts of ended processes stay in files of their own: %s", error)
 
 
 def _labels(key: tuple[str, str]) -> str:
@@ -294,9 +327,25 @@ def _flush_at_exit(metrics: "weakref.ref[Metrics]") -> None:
         alive.flush()
 
 
-def _read(path: Path) -> tuple[Records, dict[int, int]]:
-    content = orjson.loads(path.read_bytes())
-    return {(model, version): _restore(fields) for model, version, fields in content["records"]}, dict(content["responses"])
+def _to_text(records: Records, responses: dict[int, int]) -> bytes:
+    kept = [(*key, vars(record) | {"batches": list(record.batches.items())}) for key, record in records.items()]
+    return orjson.dumps({"responses": list(responses.items()), "records": kept})
+
+
+def _add_file(path: Path, records: Records, responses: dict[int, int]) -> bool:
+    """Add the counts in a file, all or none; whether they could be read."""
+    try:
+        content = orjson.loads(path.read_bytes())
+        theirs = {(model, version): _restore(fields) for model, version, fields in content["records"]}
+        statuses = dict(content["responses"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("The counts in %s cannot be read, and are left out: %s", path, error)
+        return False
+    for status, count in statuses.items():
+        responses[status] = responses.get(status, 0) + count
+    for key, record in theirs.items():
+        records.setdefault(key, Record()).add(record)
+    return True
 
 
 def _restore(fields: dict[str, Any]) -> Record:

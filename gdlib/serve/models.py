@@ -1,5 +1,7 @@
 """What serving needs of a model, and gdlib's own as one. Other formats adapt themselves to the same protocol (onnx.py)."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,4 +80,20 @@ def _weights(model: Predictor) -> dict[str, Any]:
 
 def load_native(path: Path) -> ServedModel:
     """The model in a file that `gdlib.save` wrote. Raises what `gdlib.load` raises."""
-    return NativeModel(serialization.load(path))
+    return NativeModel(load_copy(path))
+
+
+def load_copy(path: Path) -> Predictor:
+    """`gdlib.load` of a copy in memory: it maps the file, and one that somebody cuts short meanwhile would end the process (SIGBUS)."""
+    if not hasattr(os, "memfd_create"):  # not Linux
+        return serialization.load(path)
+    descriptor = os.memfd_create("gdlib-model")
+    copy = f"/proc/self/fd/{descriptor}"
+    try:
+        with open(path, "rb") as file, open(descriptor, "wb", closefd=False) as memory:
+            shutil.copyfileobj(file, memory, 2**20)
+        return serialization.load(copy)
+    except ValueError as error:
+        raise ValueError(str(error).replace(copy, str(path))) from None
+    finally:
+        os.close(descriptor)

@@ -6,6 +6,7 @@ exact parser reads again and judges. All give the same values for the same reque
 
 import json
 import threading
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,12 @@ from numpy.typing import NDArray
 from gdlib.serve.tensors import DTYPES, ProtocolError, checked
 
 SHORT = 2048  # bytes; from about 100 numbers on an object for each costs more than simdjson's handles
+MAX_CONTAINERS = 2**21  # arrays, and objects twice: they take about 104 and 232 bytes, which only so many keep below 40 times the body
+_KEPT = 2**20  # bytes; a parser's buffers are some 11 times the longest body that it has read
+_MAX_DEPTH = 500  # arrays in a short body, and so its depth at most; the exact parser reaches about 900
+_MAX_KEYS, _MAX_PARTS = 64, 10_000  # of one object, and objects and arrays beside `data`: simdjson's are slow, and looked up one by one
 _KINDS = {"f": ("d", np.float64), "i": ("i", np.int64), "u": ("u", np.uint64)}  # of simdjson's buffers, by NumPy's kinds
+_HEADERS, _MAX_HEADER = 256, 1024  # that are remembered, and bytes of each
 _parsers = threading.local()  # a parser keeps its buffers from one request to the next
 
 
@@ -25,6 +31,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
     NaN and Infinity tokens are read, since clients send them; they are refused where the place can be named. Raises ProtocolError.
     """
+    if len(body) > MAX_CONTAINERS and body.count(b"[") + 2 * body.count(b"{") > MAX_CONTAINERS:
+        raise ProtocolError("The body is mostly brackets, which take too much memory: send flat data, or binary tensors.")
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique_keys)
     except RecursionError:
@@ -38,13 +46,26 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 def parse_request(body: bytes) -> dict[str, Any]:
     """The inference request in `body`, as `parse_json` gives it, but that `data` of numbers may be arrays. Raises ProtocolError."""
+    request = _parse_fast(body)
+    return parse_json(body) if request is None else request
+
+
+def parse_header(body: bytes) -> dict[str, Any]:
+    """The same for the JSON part of a binary request, which clients send again and again: it is not to be changed."""
+    return _remember(body) if len(body) <= _MAX_HEADER else parse_request(body)
+
+
+def _parse_fast(body: bytes) -> dict[str, Any] | None:
+    # What an exception holds of the fast parser's memory is free again when the exact parser begins.
     try:
         return _parse_short(body) if len(body) < SHORT else _parse_long(body)
-    except (ValueError, TypeError, AttributeError, KeyError):  # no JSON, or not the usual request: NaN, null, ragged rows, ...
-        return parse_json(body)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):  # no JSON, or not the usual request: NaN, null, ragged rows
+        return None
 
 
 def _parse_short(body: bytes) -> dict[str, Any]:
+    if body.count(b"[") > _MAX_DEPTH:
+        raise ValueError("the body may nest deeper than the exact parser allows")
     request: dict[str, Any] = orjson.loads(body)
     # orjson drops a key that comes twice. Colons in strings are rare, and then the exact parser counts.
     if _count_keys(request) != body.count(b":"):
@@ -66,15 +87,18 @@ def _count_keys(request: dict[str, Any]) -> int:
 
 
 def _parse_long(body: bytes) -> dict[str, Any]:
-    try:
-        parser = _parsers.parser
-    except AttributeError:
-        parser = _parsers.parser = simdjson.Parser()
+    if len(body) > _KEPT:
+        parser = simdjson.Parser()
+    else:
+        try:
+            parser = _parsers.parser
+        except AttributeError:
+            parser = _parsers.parser = simdjson.Parser()
     try:
         return _Long(parser.parse(body)).request(body.count(b"["))
-    except RuntimeError:  # an object of an earlier request lives on, and with it the parser's buffer
+    except RuntimeError:  # a huge integer, or an object of an earlier request lives on, and with it the parser's buffer
         _parsers.parser = simdjson.Parser()
-        raise ValueError("the parser was in use") from None
+        raise ValueError("the exact parser must look") from None
 
 
 class _Long:
@@ -83,6 +107,7 @@ class _Long:
     def __init__(self, document: Any) -> None:
         self._document = document
         self._arrays = 0  # opened so far: simdjson reads through brackets, and only their number tells that there are more
+        self._parts = 0
 
     def request(self, brackets: int) -> dict[str, Any]:
         request = {key: self._value(value) for key, value in self._items(self._document) if key != "inputs"}
@@ -118,14 +143,22 @@ class _Long:
             return {key: self._value(inner) for key, inner in self._items(value)}
         if kind is simdjson.Array:
             self._arrays += 1
+            self._count_part()
             return [self._value(inner) for inner in value]
         return value
 
     def _items(self, item: Any) -> list[tuple[str, Any]]:
         keys = list(item.keys())
-        if len(set(keys)) != len(keys):
-            raise ValueError("an object holds the same key twice")
+        self._count_part()
+        # A key is looked up among all before it, and only as far as a NUL in it.
+        if len(keys) > _MAX_KEYS or len(set(keys)) != len(keys) or "\0" in "".join(keys):
+            raise ValueError("an object holds the same key twice, or unusual keys")
         return [(key, item[key]) for key in keys]
+
+    def _count_part(self) -> None:
+        self._parts += 1
+        if self._parts > _MAX_PARTS:
+            raise ValueError("the body holds more than numbers")
 
 
 def _other(kind: str) -> Any:
@@ -137,3 +170,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("an object holds the same key twice")
     return result
+
+
+_remember = lru_cache(_HEADERS)(parse_request)

@@ -7,7 +7,7 @@ Source: Open Inference Protocol v2, "Inference Request JSON Object" and "Inferen
 extension for `binary_data_size`, `binary_data` and `binary_data_output`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,13 +47,13 @@ def decode(request: dict[str, Any], tail: memoryview, signature: Signature) -> I
     would give in binary. Raises ProtocolError naming the field, or the row and feature, that is wrong; UnsupportedError for an
     extension that is not here.
     """
-    reader = _TensorReader(tail)
     sent = {}
     for tensor in checked(request.get("inputs"), list, "'inputs'"):
         name = checked(checked(tensor, dict, "An entry of 'inputs'").get("name"), str, "The input's 'name'")
         if name in sent:
             raise ProtocolError(f"The input {shorten(name)} is there twice: send each input once.")
         sent[name] = tensor
+    reader = _TensorReader(tail, len(sent) > 1)
     names = signature.feature_names
     specs = {spec.name: spec for spec in signature.inputs}
     if sent.keys() == specs.keys():
@@ -61,13 +61,14 @@ def decode(request: dict[str, Any], tail: memoryview, signature: Signature) -> I
     elif names is not None and sent.keys() == set(names):
         arrays = {signature.inputs[0].name: _stack(sent, signature, names, reader)}
     else:
-        raise ProtocolError(_wrong_inputs(list(sent), signature))
+        raise ProtocolError(_wrong_inputs(sent, signature))
     reader.finish()
     first = signature.inputs[0]
     rows = arrays[first.name].shape[0] if first.shape and first.shape[0] == -1 else 1
     parameters = _optional(request, "parameters", dict, "The request's 'parameters'") or {}
-    wanted = _wanted(_optional(request, "outputs", list, "'outputs'"), parameters.get("binary_data_output") is True, signature)
-    return InferRequest(arrays, rows, wanted, _optional(request, "id", str, "'id'") or None)
+    binary = _optional(parameters, "binary_data_output", bool, "The request's 'binary_data_output'") or False
+    wanted = _wanted(_optional(request, "outputs", list, "'outputs'"), binary, signature)
+    return InferRequest(arrays, rows, wanted, _identifier(request))
 
 
 def encode(
@@ -93,10 +94,7 @@ def encode(
     if identifier is not None:
         answer["id"] = identifier
     answer["outputs"] = described
-    try:
-        body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-    except TypeError:  # a lone surrogate, of which UTF-8 has none
-        raise ProtocolError("The 'id' is no Unicode text: send one without lone surrogates.") from None
+    body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
     if b"null" in body:
         for name, binary in outputs:
             if not binary:
@@ -107,15 +105,27 @@ def encode(
 class _TensorReader:
     """Reads the tensors of a request; those in binary take their bytes from the tail, one after the other."""
 
-    def __init__(self, tail: memoryview) -> None:
+    def __init__(self, tail: memoryview, several: bool) -> None:
         self._tail = tail
+        self._several = several
         self._at = 0
 
     def read(self, tensor: dict[str, Any], spec: TensorSpec, where: Where) -> NDArray[Any]:
+        try:
+            return self._read(tensor, spec, where)
+        except ProtocolError as error:
+            name = shorten(spec.name)
+            if not self._several or name in str(error):
+                raise
+            raise type(error)(f"Input {name}: {error}") from None
+
+    def _read(self, tensor: dict[str, Any], spec: TensorSpec, where: Where) -> NDArray[Any]:
         datatype = checked(tensor.get("datatype"), str, "The input's 'datatype'")
         if datatype not in DTYPES:
             raise ProtocolError(f"The input's datatype is {shorten(datatype)}: send one of {', '.join(DTYPES)}.")
         shape = tensors.check_shape(tensor.get("shape"), spec)
+        if datatype != spec.datatype:
+            tensors.check_convertible(datatype, shape, spec)
         parameters = _optional(tensor, "parameters", dict, "The input's 'parameters'")
         size = None
         if parameters:
@@ -135,7 +145,7 @@ class _TensorReader:
             raise ProtocolError("More bytes follow the JSON part than the inputs' 'binary_data_size' promise: make them agree.")
 
     def _take(self, size: Any) -> memoryview:
-        if type(size) is not int or size < 0:
+        if type(size) is not int or not 0 <= size < 2**63:
             raise ProtocolError("A 'binary_data_size' is not a number of bytes: send a non-negative integer.")
         if size > len(self._tail) - self._at:
             raise ProtocolError(
@@ -175,9 +185,9 @@ def _feature_place(name: str) -> Where:
     return lambda row: f"Row {row}, feature {shorten(name)}"
 
 
-def _wrong_inputs(sent: list[str], signature: Signature) -> str:
+def _wrong_inputs(sent: Collection[str], signature: Signature) -> str:
     names = [spec.name for spec in signature.inputs]
-    features = signature.feature_names or ()
+    features = dict.fromkeys(signature.feature_names or ())
     if any(name in features for name in sent):
         missing = ", ".join(shorten(name) for name in features if name not in sent)
         unknown = ", ".join(shorten(name) for name in sent if name not in features)
@@ -189,7 +199,7 @@ def _wrong_inputs(sent: list[str], signature: Signature) -> str:
         return f"The request's inputs are {', '.join(map(shorten, sent))[:300] or 'none'}: send exactly {wanted[:300]}."
     if len(sent) != 1:
         return f"The request has {len(sent)} inputs: send exactly one, named '{names[0]}'{either}."
-    return f"The input is named {shorten(sent[0])}: this model's only input is '{names[0]}'{either}."
+    return f"The input is named {shorten(*sent)}: this model's only input is '{names[0]}'{either}."
 
 
 def _wanted(outputs: list[Any] | None, binary: bool, signature: Signature) -> list[tuple[str, bool]]:
@@ -212,10 +222,20 @@ def _wanted(outputs: list[Any] | None, binary: bool, signature: Signature) -> li
 
 
 def _refuse_unsupported(parameters: dict[str, Any]) -> None:
-    if _UNSUPPORTED.keys().isdisjoint(parameters):
-        return
-    for key in parameters.keys() & _UNSUPPORTED.keys():
-        raise UnsupportedError(f"The request uses {_UNSUPPORTED[key]}, which this server does not have: send and ask for plain tensors.")
+    for key, extension in _UNSUPPORTED.items():
+        if parameters.get(key) is not None:
+            raise UnsupportedError(f"The request uses {extension}, which this server does not have: send and ask for plain tensors.")
+
+
+def _identifier(request: dict[str, Any]) -> str | None:
+    identifier: str | None = _optional(request, "id", str, "'id'")
+    if not identifier:
+        return None
+    try:
+        identifier.encode()
+    except UnicodeEncodeError:  # a lone surrogate, of which no answer in UTF-8 can be made
+        raise ProtocolError("The 'id' is no Unicode text: send one without lone surrogates.") from None
+    return identifier
 
 
 def _optional(owner: dict[str, Any], key: str, wanted: type, what: str) -> Any:

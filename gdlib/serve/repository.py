@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 Loader = Callable[[Path], ServedModel]
 NATIVE_FILE, ONNX_FILE = "model.safetensors", "model.onnx"
 LOADERS: dict[str, Loader] = {NATIVE_FILE: load_native, ONNX_FILE: load_onnx}
+LOAD_WAIT_SECONDS = 1.0  # of a request for a model that is being loaded; longer it would keep its thread from others
 SETTLE_SECONDS = 0.3  # a file younger than this may still be being written
 UNLOADED = "it was unloaded by request."
 LOADING = "it is being loaded."
@@ -133,16 +134,18 @@ class Repository:
     def sync(self, name: str | None = None) -> None:
         """Follow the other processes, if there are any and they have changed something. One system call when they have not.
 
-        A request for the model `name` that another process was asked to load loads it here, unless that is going on already.
+        A request for the model `name` that another process was asked to load loads it here. Where that is going on already it waits
+        a little: whoever asked for the load has been told that it is done.
         """
         if self._state_file is None:
             return
         if _stamp_of(self._state_file) != self._state_stamp:
             with self._lock:
                 self._follow()
-        if name in self._wanted and self._scanning.acquire(blocking=False):
+        if name in self._wanted and self._scanning.acquire(timeout=LOAD_WAIT_SECONDS):
             try:
-                self._look_at(name, 0.0)
+                if name in self._wanted:
+                    self._look_at(name, 0.0)
             finally:
                 self._scanning.release()
 
@@ -171,6 +174,7 @@ class Repository:
             return
         stamp = _stamp_of(self._state_file)
         if stamp is None:
+            self._state_stamp = None
             return
         try:
             names = json.loads(self._state_file.read_bytes())["unloaded"]

@@ -8,6 +8,7 @@ Source: Open Inference Protocol v2, "Tensor Data"; Triton's binary tensor data e
 
 import math
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -25,6 +26,9 @@ BYTES, BF16 = "BYTES", "BF16"
 DTYPES = NUMERIC | {BYTES: np.dtype(object), BF16: np.dtype("<f4")}  # NumPy has no bfloat16; its values are exact in float32
 DATATYPE_NAMES = {dtype: name for name, dtype in NUMERIC.items()} | {np.dtype(object): BYTES}
 RAW_ONLY = {"FP16", BF16}  # clients refuse these in JSON
+_CONVERTIBLE = {"f": "biuf", "i": "biu", "u": "biu", "b": "b", "O": "O"}  # NumPy's kinds: a model's -> those that it may be sent
+MAX_CONVERTED_BYTES = 2**27  # of a tensor in the model's datatype, which may be eight times as wide as that which was sent
+_LITTLE = sys.byteorder == "little"
 _MAX_SIZE = 2**40  # of one axis and of their product: far above any limit on the body, far below what overflows
 _JSON_TYPES: dict[type, str] = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 
@@ -86,11 +90,11 @@ def from_json(data: Any, datatype: str, shape: tuple[int, ...], where: Where) ->
     dtype = DTYPES[datatype]
     if isinstance(data, np.ndarray):
         if data.shape not in (shape, (math.prod(shape),)):
-            _flatten(data.tolist(), shape)  # raises: it says what disagrees
+            return from_json(data.tolist(), datatype, shape, where)  # raises: it says what disagrees
         values = data.reshape(shape)
         if dtype.kind in "iu":
             _check_range(values, dtype, where)
-        return _narrow(values, dtype)
+        return _cast(values, dtype)
     flat = _flatten(checked(data, list, "The input's 'data'"), shape)
     if dtype.kind in "iu":
         array = _integers(flat, dtype, where)
@@ -116,8 +120,6 @@ def from_bytes(raw: memoryview, datatype: str, shape: tuple[int, ...]) -> NDArra
             f"The tensor has {len(raw)} bytes, and its shape and datatype {datatype} promise another number: make them agree."
         )
     array = np.frombuffer(raw, dtype)
-    if not array.flags.aligned:  # it begins where the JSON part happens to end, and kernels want whole words
-        array = array.copy()
     if datatype == BF16:
         array = (array.astype("<u4") << 16).view("<f4")
     elif datatype == "BOOL":
@@ -125,17 +127,22 @@ def from_bytes(raw: memoryview, datatype: str, shape: tuple[int, ...]) -> NDArra
     return array.reshape(shape)
 
 
+def check_convertible(datatype: str, shape: tuple[int, ...], spec: TensorSpec) -> None:
+    """Raises ProtocolError where `convert` has no way from `datatype`, or too far a one, before values, perhaps millions, are read."""
+    if DTYPES[datatype].kind not in _CONVERTIBLE[DTYPES[spec.datatype].kind]:
+        raise ProtocolError(f"The input's datatype {datatype} does not fit: send input {shorten(spec.name)} as {spec.datatype}.")
+    if math.prod(shape) * DTYPES[spec.datatype].itemsize > MAX_CONVERTED_BYTES:
+        raise ProtocolError(f"The input takes more than {MAX_CONVERTED_BYTES} bytes as {spec.datatype}: send fewer rows in one request.")
+
+
 def convert(array: NDArray[Any], spec: TensorSpec, where: Where) -> NDArray[Any]:
-    """`array` in the datatype of `spec`, into which every value must fit; floating point rounds. Raises ProtocolError."""
+    """`array`, aligned and in the datatype of `spec`, into which every value must fit; floating point rounds. Raises ProtocolError."""
     wanted = DTYPES[spec.datatype]
     if array.dtype == wanted:
-        return array
-    if wanted.kind == "f" and array.dtype.kind in "biuf":
-        return _narrow(array, wanted)
-    if wanted.kind in "iu" and array.dtype.kind in "biu":
+        return array if array.flags.aligned else array.copy()  # raw bytes lie wherever the JSON part ends
+    if wanted.kind in "iu":
         _check_range(array, wanted, where)
-        return array.astype(wanted)
-    raise ProtocolError(f"The input's datatype does not fit: send input {shorten(spec.name)} as {spec.datatype}.")
+    return _cast(array, wanted)
 
 
 def check_finite(array: NDArray[Any], where: Where) -> None:
@@ -157,7 +164,7 @@ def to_bytes(array: NDArray[Any]) -> bytes:
     """The raw form of an array. Objects are bytes, each with its length before it."""
     if array.dtype.kind == "O":
         return b"".join(chain.from_iterable((struct.pack("<I", len(item)), item) for item in array.flat))
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    return (array if _LITTLE else array.astype(array.dtype.newbyteorder("<"))).tobytes()
 
 
 def to_json(array: NDArray[Any], name: str) -> Any:
@@ -184,35 +191,56 @@ def _ask_binary(name: str) -> str:
 
 def _flatten(data: list[Any], shape: Sequence[int]) -> list[Any]:
     # Errors do not print the sizes in 'shape', which may have many digits.
-    if not (data and type(data[0]) is list):
+    if len(shape) < 2 or not (data and type(data[0]) is list):
         if len(data) != math.prod(shape):
             raise ProtocolError(f"'data' holds {len(data)} values, and 'shape' promises another number: make them agree.")
         return data
     if len(data) != shape[0]:
         raise ProtocolError(f"'data' holds {len(data)} rows, and 'shape' promises another number: make them agree.")
     level = data
-    for size in shape[1:]:
+    for axis, size in enumerate(shape[1:], 1):
         for row, values in enumerate(level):
             if type(values) is not list or len(values) != size:
-                raise ProtocolError(f"Row {row} of 'data' is not an array of {size} values: send every row with {size}.")
+                place = ", ".join(map(str, np.unravel_index(row, shape[:axis])))
+                raise ProtocolError(f"Row {place} of 'data' is not an array of {size} values: send every row with {size}.")
         level = list(chain.from_iterable(level))
     return level
+
+
+def _cast(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if values.dtype == dtype:
+        return values
+    # An infinity is reported by its place, where the model does not take any; a signalling NaN becomes a quiet one.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(dtype)
 
 
 def _check_range(values: NDArray[Any], dtype: np.dtype[Any], where: Where) -> None:
     limits = np.iinfo(dtype)
     low, high = int(values.min()), int(values.max())  # compared as Python's integers, which do not wrap
     if low < limits.min or high > limits.max:
-        index = int(values.argmin() if low < limits.min else values.argmax())
-        raise ProtocolError(f"{where(index)} is outside {limits.min}..{limits.max}, the range of {DATATYPE_NAMES[dtype]}.")
+        wrong = np.zeros(values.shape, np.bool_)
+        if low < limits.min:  # only then can NumPy compare with it
+            wrong |= values < limits.min
+        if high > limits.max:
+            wrong |= values > limits.max
+        raise _outside(where(int(wrong.argmax())), dtype)
+
+
+def _outside(place: str, dtype: np.dtype[Any]) -> ProtocolError:
+    limits = np.iinfo(dtype)
+    return ProtocolError(f"{place} is outside {limits.min}..{limits.max}, the range of {DATATYPE_NAMES[dtype]}.")
 
 
 def _integers(values: list[Any], dtype: np.dtype[Any], where: Where) -> NDArray[Any]:
-    _check_types(values, {int}, where, "an integer without a decimal point")
     limits = np.iinfo(dtype)
-    if min(values) < limits.min or max(values) > limits.max:
-        index = next(i for i, value in enumerate(values) if not limits.min <= value <= limits.max)
-        raise ProtocolError(f"{where(index)} is outside {limits.min}..{limits.max}, the range of {DATATYPE_NAMES[dtype]}.")
+    if set(map(type, values)) != {int} or min(values) < limits.min or max(values) > limits.max:
+        index = next(i for i, value in enumerate(values) if type(value) is not int or not limits.min <= value <= limits.max)
+        value = values[index]
+        # A fast parser reads integers of more than 64 bits as floating point.
+        if type(value) is int or (type(value) is float and (value <= -(2.0**63) or value >= 2.0**64)):
+            raise _outside(where(index), dtype)
+        raise _wrong_type(where(index), value, "an integer without a decimal point")
     return np.array(values, dtype)
 
 
@@ -224,22 +252,19 @@ def _floats(values: list[Any], dtype: np.dtype[Any], where: Where) -> NDArray[An
         array = np.array(values, np.float64)
     except OverflowError:
         raise ProtocolError("'data' holds an integer too large for FP64: send smaller values.") from None
-    return _narrow(array, dtype)
-
-
-def _narrow(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore"):  # an infinity is for the model to judge, which can name the place
-        return array.astype(dtype)
+    return _cast(array, dtype)
 
 
 def _check_types(values: list[Any], wanted: set[type], where: Where, what: str) -> set[type]:
     types = set(map(type, values))  # exact types: bool is a subclass of int
     if not types <= wanted:
         index = next(i for i, value in enumerate(values) if type(value) not in wanted)
-        raise ProtocolError(f"{where(index)} is {_JSON_TYPES.get(type(values[index]), 'null')}: send {what}.")
+        raise _wrong_type(where(index), values[index], what)
     return types
+
+
+def _wrong_type(place: str, value: Any, wanted: str) -> ProtocolError:
+    return ProtocolError(f"{place} is {_JSON_TYPES.get(type(value), 'null')}: send {wanted}.")
 
 
 def _split(raw: memoryview, count: int) -> NDArray[Any]:

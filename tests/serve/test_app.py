@@ -25,6 +25,7 @@ GET_PATHS = [
     "/v2/models/stats",
     "/metrics",
     "/openapi.json",
+    "/",
 ]
 POST_PATHS = [
     "/v2/repository/index",
@@ -81,7 +82,6 @@ class TestRouting:
     @pytest.mark.parametrize(
         "path",
         [
-            "/",
             "/v1",
             "/v2/",
             "//v2",
@@ -105,7 +105,6 @@ class TestRouting:
             "/metrics/",
             "/openapi.yaml",
             "/v2/models/a/ready/x",
-            "",
         ],
     )
     @pytest.mark.parametrize("method", ["GET", "POST"])

@@ -175,10 +175,10 @@ class TestInFlight:
         metrics = Metrics()
         assert [metrics.enter(2) for _ in range(4)] == [True, True, False, False]
         assert metrics.in_flight == 2
-        metrics.leave()
+        metrics.failed("a", "1", 0)
         assert metrics.enter(2)
-        metrics.leave()
-        metrics.leave()
+        metrics.succeeded("a", "1", 1, STAGES)
+        metrics.failed("a", "1", 0)
         assert metrics.in_flight == 0
 
     def test_threads_never_exceed_it(self) -> None:
@@ -194,7 +194,7 @@ class TestInFlight:
                 most[0] = max(most[0], inside[0])
             with lock:
                 inside[0] -= 1
-            metrics.leave()
+            metrics.failed("a", "1", 0)
             return True
 
         with ThreadPoolExecutor(8) as pool:
@@ -361,3 +361,16 @@ class TestSeveralProcesses:
         assert responses == {200: 2, 500: 1}
         assert records["a", "1"].success[0] == 2
         assert "metrics-1-00.json cannot be read, and are left out" in caplog.text
+
+    def test_files_of_ended_processes_become_one(self, tmp_path: Path) -> None:
+        child = "import sys, pathlib; from gdlib.serve.metrics import Metrics; m = Metrics(pathlib.Path(sys.argv[1])); m.enter(1)"
+        child += "; m.succeeded('a', '1', 3, (1, 2, 3)); m.responded(200)"
+        for _ in range(3):
+            subprocess.run([sys.executable, "-c", child, str(tmp_path)], check=True)
+        (tmp_path / "metrics-elsewhere-1-00.json").write_bytes(next(tmp_path.glob("metrics-*.json")).read_bytes())
+        metrics = Metrics(tmp_path)
+        assert sorted(path.name.split("-")[2] for path in tmp_path.glob("metrics-*.json")) == ["0", "1"], "another host's stays as it is"
+        for _ in range(2):
+            records, responses = metrics.collect()
+            assert (records["a", "1"].success, records["a", "1"].rows, responses) == ([4, 24], 12, {200: 4})
+            Metrics(tmp_path)

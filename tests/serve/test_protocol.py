@@ -1,205 +1,318 @@
-"""The protocol's JSON: what becomes an array, what is refused and with which words."""
+"""Inference requests: one input or several, in JSON and binary, whole or by feature."""
 
-import json
+import math
+import struct
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gdlib.serve.protocol import DATATYPE_NAMES, DATATYPES, ProtocolError, decode_request, encode_response, parse_json
+from gdlib.serve.protocol import InferRequest, Signature, decode, places
+from gdlib.serve.tensors import BF16, BYTES, NUMERIC, ProtocolError, TensorSpec, check_finite
 
-F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-
-
-def request(data: Any, shape: Any = (2, 3), datatype: Any = "FP64", **more: Any) -> dict[str, Any]:
-    tensor = {"name": "input", "shape": list(shape), "datatype": datatype, "data": data}
-    return {"inputs": [tensor], **more}
-
-
-def decode(request: dict[str, Any], dtype: np.dtype[Any] = F64, names: list[str] | None = None) -> np.ndarray:
-    return decode_request(request, 3, dtype, names)[0]
-
-
-class TestParseJson:
-    def test_reads_an_object(self) -> None:
-        assert parse_json('{"a": [1, 2.5, null, "é"]}'.encode()) == {"a": [1, 2.5, None, "é"]}
-
-    def test_reads_the_nan_tokens_that_clients_send(self) -> None:
-        assert np.isnan(parse_json(b'{"a": NaN}')["a"])
-
-    @pytest.mark.parametrize(
-        ("body", "words"),
-        [
-            (b"", "not valid JSON"),
-            (b"{", "not valid JSON"),
-            (b'{"a": 1} x', "not valid JSON"),
-            (b"{'a': 1}", "not valid JSON"),
-            (b'\xef\xbb\xbf{"a": 1}', "not valid JSON"),
-            (b'{"a": "\xff"}', "UTF-8"),
-            (b'{"a": 1, "a": 2}', "same key twice"),
-            (b'{"a": {"b": 1, "b": 1}}', "same key twice"),
-            pytest.param(b'{"a": ' + b"9" * 5000 + b"}", "digits", id="5000 digits"),
-            pytest.param(b'{"a": ' + b"[" * 100_000, "nests too deeply", id="deep arrays"),
-            pytest.param(b'{"a": ' * 100_000, "nests too deeply", id="deep objects"),
-            (b"[]", "The body is an array: send an object"),
-            (b"null", "The body is missing or null"),
-            (b"true", "The body is a boolean"),
-        ],
-    )
-    def test_refuses(self, body: bytes, words: str) -> None:
-        with pytest.raises(ProtocolError, match=words):
-            parse_json(body)
-
-    def test_says_nothing_about_the_interpreter(self) -> None:
-        with pytest.raises(ProtocolError) as caught:
-            parse_json(b'{"a": ' + b"9" * 5000 + b"}")
-        assert "sys." not in str(caught.value)
+FEATURES = ["age", "size", "a:b[c"]
+ONE = Signature((TensorSpec("input", "FP64", (-1, 3)),), (TensorSpec("output", "FP64", (-1, 1)),))
+NAMED = ONE._replace(feature_names=FEATURES)
+TWO = Signature(
+    (TensorSpec("x", "FP32", (-1, 2)), TensorSpec("flag", "BOOL", (-1,)), TensorSpec("word", BYTES, ())),
+    (TensorSpec("y", "FP32", (-1,)), TensorSpec("z", BYTES, (-1,))),
+)
+NAN, INF = math.nan, math.inf
 
 
-class TestDecode:
-    @pytest.mark.parametrize("data", [[1, 2, 3, 4, 5, 6], [[1, 2, 3], [4, 5, 6]]])
-    @pytest.mark.parametrize("datatype", DATATYPES)
-    @pytest.mark.parametrize("dtype", [F32, F64])
-    def test_every_datatype_flat_and_by_row(self, data: list[Any], datatype: str, dtype: np.dtype[Any]) -> None:
-        X = decode(request(data, datatype=datatype), dtype)
-        assert X.dtype == dtype
-        np.testing.assert_array_equal(X, [[1, 2, 3], [4, 5, 6]])
+def tensor(name: str = "input", shape: Any = (2, 3), datatype: Any = "FP64", data: Any = None, **parameters: Any) -> dict[str, Any]:
+    """A tensor of a request; one without data is binary."""
+    described = {"name": name, "shape": list(shape), "datatype": datatype}
+    if data is not None:
+        described["data"] = data
+    return described | ({"parameters": parameters} if parameters else {})
+
+
+def request(data: Any = (1, 2, 3, 4, 5, 6), **more: Any) -> dict[str, Any]:
+    return {"inputs": [tensor(data=list(data))], **more}
+
+
+def read(request: dict[str, Any], tail: bytes = b"", signature: Signature = ONE, *, finite: bool = True) -> InferRequest:
+    """The request as a gdlib model has it, which takes `finite` numbers only, and says where another one is."""
+    decoded = decode(request, memoryview(tail), signature)
+    for spec in signature.inputs:
+        array = decoded.arrays[spec.name]
+        if finite and signature is not TWO and array.dtype.kind == "f":
+            check_finite(array, places(spec, signature.feature_names))
+    return decoded
+
+
+def split(*parts: tuple[dict[str, Any], bytes | None]) -> tuple[dict[str, Any], bytes]:
+    """A request and its tail, from tensors and the raw bytes of those in binary."""
+    inputs, tail = [], b""
+    for described, raw in parts:
+        if raw is not None:
+            described = described | {"parameters": {"binary_data_size": len(raw)}}
+            tail += raw
+        inputs.append(described)
+    return {"inputs": inputs}, tail
+
+
+class TestOneInput:
+    @pytest.mark.parametrize("datatype", [name for name in NUMERIC if name not in ("FP16",)])
+    @pytest.mark.parametrize("wanted", ["FP32", "FP64"])
+    def test_json_and_binary_give_the_same(self, datatype: str, wanted: str) -> None:
+        signature = ONE._replace(inputs=(TensorSpec("input", wanted, (-1, 3)),))
+        values = (np.arange(6).reshape(2, 3) % 2).astype(NUMERIC[datatype])
+        in_json = read({"inputs": [tensor(datatype=datatype, data=values.tolist())]}, signature=signature)
+        in_binary = read(*split((tensor(datatype=datatype), values.tobytes())), signature)
+        for given in (in_json, in_binary):
+            assert given.arrays["input"].dtype == NUMERIC[wanted]
+            np.testing.assert_array_equal(given.arrays["input"], values)
+        assert in_json[1:] == in_binary[1:] == (2, [("output", False)], None)
+
+    @pytest.mark.parametrize(("datatype", "raw"), [("FP16", b"\x00\x3c\x00\xc0"), (BF16, b"\x80\x3f\x00\xc0")])
+    def test_half_precision_in_binary(self, datatype: str, raw: bytes) -> None:
+        X = read(*split((tensor(shape=(2, 3), datatype=datatype), raw * 3))).arrays["input"]
+        assert X.dtype == np.float64
+        assert X.ravel().tolist() == [1, -2] * 3
 
     def test_values_are_read_as_the_declared_datatype_first(self) -> None:
-        X = decode(request([0.1] * 3, (1, 3), "FP32"))
+        X = read({"inputs": [tensor(shape=(1, 3), datatype="FP32", data=[0.1] * 3)]}).arrays["input"]
         np.testing.assert_array_equal(X, np.full((1, 3), np.float32(0.1), np.float64))
-        np.testing.assert_array_equal(decode(request([0.1] * 3, (1, 3))), np.full((1, 3), 0.1))
 
-    @pytest.mark.parametrize("datatype", [name for name in DATATYPES if "INT" in name])
-    def test_integer_limits(self, datatype: str) -> None:
-        info = np.iinfo(DATATYPES[datatype])
-        X = decode(request([info.min, 0, info.max], (1, 3), datatype))
-        np.testing.assert_array_equal(X, np.array([[info.min, 0, info.max]], np.float64))
-        for value in (info.min - 1, info.max + 1, 10**400):
-            with pytest.raises(ProtocolError, match=rf"^Row 0, feature 2 is outside .*the range of {datatype}"):
-                decode(request([0, 0, value], (1, 3), datatype))
+    @pytest.mark.parametrize(("given", "wanted"), [("FP32", "FP64"), ("FP64", "FP32"), ("FP32", "FP32")])
+    def test_overflow_of_either_type_is_named(self, given: str, wanted: str) -> None:
+        signature = NAMED._replace(inputs=(TensorSpec("input", wanted, (-1, 3)),))
+        with pytest.raises(ProtocolError, match=f"^Row 0, feature 'size' is infinite, or too large for {wanted}"):
+            read({"inputs": [tensor(shape=(1, 3), datatype=given, data=[1, 1e39, 3])]}, signature=signature)
 
-    def test_the_id_is_given_back(self) -> None:
-        assert decode_request(request([1] * 6, id="x7"), 3, F64)[1] == "x7"
-        for none in ({}, {"id": None}, {"id": ""}):
-            assert decode_request(request([1] * 6, **none), 3, F64)[1] is None
+    def test_a_tensor_that_would_grow_too_far(self) -> None:
+        rows = 2**27 // 8 // 3 + 1
+        raw = bytes(3 * rows)
+        with pytest.raises(ProtocolError, match="The input takes more than 134217728 bytes as FP64: send fewer rows"):
+            read(*split((tensor(shape=(rows, 3), datatype="INT8"), raw)))
 
-    def test_fields_that_are_null_are_fields_left_out(self) -> None:
-        full = request([1] * 6, id=None, outputs=None, parameters=None)
-        full["inputs"][0]["parameters"] = None
-        assert decode(full).shape == (2, 3)
-
-    @pytest.mark.parametrize("outputs", [[], [{"name": "output"}], [{"name": "output", "parameters": {"binary_data": True}}]])
-    def test_outputs_may_be_listed(self, outputs: list[Any]) -> None:
-        assert decode(request([1] * 6, outputs=outputs, parameters={"binary_data_output": True})).shape == (2, 3)
+    @pytest.mark.parametrize("value", [NAN, INF, -INF])
+    def test_what_a_model_does_not_take(self, value: float) -> None:
+        X = np.array([[1, 2, 3], [4, value, 6]])
+        for sent in (split((tensor(), X.tobytes())), ({"inputs": [tensor(data=X.tolist())]}, b"")):
+            with pytest.raises(ProtocolError, match=r"^Row 1, feature 1 is (NaN or null|infinite).*: a model takes finite numbers only"):
+                read(*sent)
+            np.testing.assert_array_equal(read(*sent, finite=False).arrays["input"], X)
 
     @pytest.mark.parametrize(
         ("data", "words"),
         [
-            ([1, 2, 3, 4, 5], "'data' holds 5 values"),
-            ([1, 2, 3, 4, 5, 6, 7], "'data' holds 7 values"),
-            ([], "'data' holds 0 values"),
-            ([[1, 2, 3]], "'data' holds 1 rows"),
-            ([[1, 2, 3], [4, 5]], "Row 1 of 'data' is not an array of 3 numbers"),
-            ([[1, 2, 3], 4], "Row 1 of 'data'"),
-            ([[1, 2, 3], "abc"], "Row 1 of 'data'"),
-            ([1, 2, 3, 4, 5, [6]], "Row 1, feature 2 is an array"),
-            ([[1, 2, 3], [4, 5, [6]]], "Row 1, feature 2 is an array"),
             ([1, 2, "3", 4, 5, 6], "Row 0, feature 2 is a string"),
             ([1, 2, 3, True, 5, 6], "Row 1, feature 0 is a boolean"),
-            ([1, 2, 3, {}, 5, 6], "Row 1, feature 0 is an object"),
             ([1, 2, 3, 4, None, 6], "Row 1, feature 1 is NaN or null"),
-            ([1, 2, 3, 4, float("nan"), 6], "Row 1, feature 1 is NaN or null"),
-            ([1, 2, 3, 4, float("inf"), 6], "Row 1, feature 1 is infinite"),
-            ([1, 2, -float("inf"), 4, 5, 6], "Row 0, feature 2 is infinite"),
-            ([1, 2, 3, 4, 10**400, 6], "an integer too large"),
-            ("123456", "The input's 'data' is a string"),
-            ({}, "The input's 'data' is an object"),
-            (None, "The input's 'data' is missing or null"),
+            ([[1, 2, 3], [4, 5, []]], "Row 1, feature 2 is an array"),
         ],
     )
-    def test_refuses_data(self, data: Any, words: str) -> None:
-        with pytest.raises(ProtocolError, match=words):
-            decode(request(data))
+    def test_errors_name_row_and_feature(self, data: Any, words: str) -> None:
+        with pytest.raises(ProtocolError, match=f"^{words}"):
+            read(request(data))
+        words = words.replace("feature 2", r"feature 'a:b\[c'").replace("feature 1", "feature 'size'").replace("feature 0", "feature 'age'")
+        with pytest.raises(ProtocolError, match=f"^{words}"):
+            read(request(data), signature=NAMED)
 
-    @pytest.mark.parametrize("value", [1.0, 1.7, None, "1", True, float("nan")])
-    def test_integers_are_written_as_integers(self, value: Any) -> None:
-        with pytest.raises(ProtocolError, match=r"^Row 0, feature 1 is .*send an integer"):
-            decode(request([1, value, 3], (1, 3), "INT32"))
+    def test_integers_into_a_smaller_integer(self) -> None:
+        signature = ONE._replace(inputs=(TensorSpec("input", "INT8", (-1, 3)),))
+        assert read({"inputs": [tensor(shape=(1, 3), datatype="UINT64", data=[1, 2, 127])]}, signature=signature).rows == 1
+        for data in ([1, 128, 300], [1, 2**64 - 1, 0]):
+            with pytest.raises(ProtocolError, match=r"^Row 0, feature 1 is outside -128\.\.127, the range of INT8\.$"):
+                read({"inputs": [tensor(shape=(1, 3), datatype="UINT64", data=data)]}, signature=signature)
 
-    @pytest.mark.parametrize(("datatype", "dtype"), [("FP32", F64), ("FP64", F32), ("FP32", F32)])
-    def test_overflow_of_either_type_is_named(self, datatype: str, dtype: np.dtype[Any]) -> None:
-        with pytest.raises(ProtocolError, match="Row 0, feature 'width' is infinite, or too large"):
-            decode(request([1, 1e39, 3], (1, 3), datatype), dtype, ["length", "width", "height"])
+    def test_fields_that_are_null_are_fields_left_out(self) -> None:
+        full = request(id=None, outputs=None, parameters=None)
+        full["inputs"][0]["parameters"] = None
+        assert read(full).rows == 2
+        full["inputs"][0]["parameters"] = {"binary_data_size": None, "shared_memory_region": None}
+        assert read(full).rows == 2
+        assert read({"inputs": [tensor(shape=(1, 3), binary_data_size=24) | {"data": None}]}, bytes(24)).rows == 1
 
-    @pytest.mark.parametrize(
-        "shape", [[], [6], [2, 4], [3, 2], [2, 3, 1], [-1, 3], [0, 3], [2.0, 3], [True, 3], ["2", 3], [None, 3], [[2], 3]]
-    )
-    def test_refuses_shapes(self, shape: list[Any]) -> None:
-        with pytest.raises(ProtocolError):
-            decode(request([1] * 6, shape))
-
-    @pytest.mark.parametrize("rows", [1, 3, 10**30, pytest.param(10**4000, id="4001 digits")])
-    def test_a_shape_that_data_does_not_fill(self, rows: int) -> None:
-        with pytest.raises(ProtocolError, match="make them agree"):
-            decode(request([1] * 6, [rows, 3]))
-        with pytest.raises(ProtocolError, match="make them agree"):
-            decode(request([[1] * 3] * 2, [rows, 3]))
-
-    @pytest.mark.parametrize(
-        "datatype", ["FP16", "BF16", "BYTES", "BOOL", "fp64", "float64", "", 64, None, [], pytest.param("x" * 1000, id="long")]
-    )
+    @pytest.mark.parametrize("datatype", ["FP12", "fp64", "float64", "", 64, None, [], {}, pytest.param("x" * 1000, id="long")])
     def test_refuses_datatypes(self, datatype: Any) -> None:
         with pytest.raises(ProtocolError, match="datatype") as caught:
-            decode(request([1] * 6, datatype=datatype))
+            read({"inputs": [tensor(datatype=datatype, data=[1] * 6)]})
         assert len(str(caught.value)) < 250
+
+    def test_a_datatype_that_cannot_be_converted_is_refused_unread(self) -> None:
+        with pytest.raises(ProtocolError, match=r"^The input's datatype BYTES does not fit: send input 'input' as FP64"):
+            read(*split((tensor(datatype=BYTES), bytes(4 * 2**20))))
 
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"inputs": None}, "'inputs' is missing"),
+            ({"inputs": None}, "^'inputs' is missing or null: send an array"),
             ({"inputs": {}}, "'inputs' is an object"),
-            ({"inputs": []}, "has 0 inputs"),
-            ({"inputs": [{}, {}]}, "has 2 inputs"),
-            ({"inputs": [[]]}, r"'inputs\[0\]' is an array"),
-            ({"inputs": [{}]}, "'name' is missing"),
+            ({"inputs": []}, "has 0 inputs: send exactly one, named 'input'"),
+            ({"inputs": [tensor("a"), tensor("b")]}, "has 2 inputs: send exactly one, named 'input'"),
+            ({"inputs": [tensor(), tensor()]}, "The input 'input' is there twice"),
+            ({"inputs": [[]]}, "An entry of 'inputs' is an array: send an object"),
+            ({"inputs": [{}]}, "The input's 'name' is missing"),
+            ({"inputs": [{"name": 5}]}, "The input's 'name' is a number"),
             ({"inputs": [{"name": "x"}]}, "named 'x': this model's only input is 'input'"),
+            ({"inputs": [{"name": "input"}]}, "The input's 'datatype' is missing"),
+            ({"inputs": [{"name": "input", "datatype": "FP64"}]}, "The input's 'shape' is missing"),
+            ({"inputs": [tensor()]}, "The input's 'data' is missing or null"),
+            ({"inputs": [tensor(data=[]) | {"parameters": []}]}, "The input's 'parameters' is an array"),
             ({"id": 7}, "'id' is a number"),
-            ({"parameters": []}, "'parameters' is an array"),
-            ({"outputs": {}}, "'outputs' is an object"),
-            ({"outputs": ["output"]}, "An entry of 'outputs' is a string"),
-            ({"outputs": [{}]}, "An output's 'name' is missing"),
-            ({"outputs": [{"name": "y"}]}, "named 'y': this model's only output is 'output'"),
-            ({"outputs": [{"name": "output", "parameters": 1}]}, "'parameters' is a number"),
+            ({"id": "\ud800"}, "The 'id' is no Unicode text: send one without lone surrogates"),
+            ({"parameters": []}, "The request's 'parameters' is an array"),
+            ({"parameters": {"binary_data_output": 1}}, "The request's 'binary_data_output' is a number: send a boolean"),
         ],
     )
     def test_refuses_requests(self, change: dict[str, Any], words: str) -> None:
         with pytest.raises(ProtocolError, match=words):
-            decode(request([1] * 6) | change)
+            read(request() | change)
 
-    def test_binary_tensors_are_refused_by_name(self) -> None:
-        tensor = {"name": "input", "shape": [2, 3], "datatype": "FP64", "parameters": {"binary_data_size": 48}}
-        with pytest.raises(ProtocolError, match="binary tensor extension, which is not supported"):
-            decode({"inputs": [tensor]})
+    @pytest.mark.parametrize(("sent", "given"), [("x7", "x7"), ("", None), (None, None), ("é\0", "é\0")])
+    def test_the_id_is_given_back(self, sent: Any, given: Any) -> None:
+        assert read(request(id=sent)).identifier == given
 
 
-class TestEncode:
-    def test_a_response(self) -> None:
-        response = encode_response("house", "3", np.array([[1.5, 2], [3, 4]], np.float32), "x7")
-        tensor = {"name": "output", "datatype": "FP32", "shape": [2, 2], "data": [1.5, 2.0, 3.0, 4.0]}
-        assert response == {"model_name": "house", "model_version": "3", "id": "x7", "outputs": [tensor]}
-        assert "id" not in encode_response("house", "3", np.ones((1, 1)))
+class TestSeveralInputs:
+    X, FLAG, WORD = np.array([[1, 2], [3, 4], [5, NAN]], np.float32), np.array([True, False, True]), b"\xc3\xa9"
 
-    @pytest.mark.parametrize("dtype", [F32, F64])
-    def test_numbers_survive_json_bit_for_bit(self, dtype: np.dtype[Any]) -> None:
-        output = np.random.default_rng(0).standard_normal((50, 2)).astype(dtype)
-        data = json.loads(json.dumps(encode_response("m", "1", output)))["outputs"][0]["data"]
-        np.testing.assert_array_equal(np.array(data, dtype), output.ravel())
+    def parts(self, binary: tuple[bool, bool, bool]) -> list[tuple[dict[str, Any], bytes | None]]:
+        word = struct.pack("<I", 2) + self.WORD
+        return [
+            (tensor("x", (3, 2), "FP32"), self.X.tobytes()) if binary[0] else (tensor("x", (3, 2), "FP32", self.X.tolist()), None),
+            (tensor("flag", (3,), "BOOL"), self.FLAG.tobytes()) if binary[1] else (tensor("flag", (3,), "BOOL", self.FLAG.tolist()), None),
+            (tensor("word", (), BYTES), word) if binary[2] else (tensor("word", (), BYTES, ["é"]), None),
+        ]
 
-    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-    def test_what_json_cannot_hold(self, value: float) -> None:
-        with pytest.raises(ProtocolError, match="output of row 1 is not finite"):
-            encode_response("m", "1", np.array([[1.0, 2], [3, value]]))
+    @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+    @pytest.mark.parametrize("binary", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+    def test_json_and_binary_in_any_order(self, binary: Any, order: Any) -> None:
+        parts = self.parts(binary)
+        given = read(*split(*(parts[i] for i in order)), TWO)
+        np.testing.assert_array_equal(given.arrays["x"], self.X)
+        np.testing.assert_array_equal(given.arrays["flag"], self.FLAG)
+        assert given.arrays["word"].shape == ()
+        assert given.arrays["word"][()] == self.WORD
+        assert (given.rows, given.outputs) == (3, [("y", False), ("z", False)])
 
-    def test_datatype_names(self) -> None:
-        assert [DATATYPE_NAMES[dtype] for dtype in DATATYPES.values()] == list(DATATYPES)
+    @pytest.mark.parametrize(
+        ("index", "change", "words"),
+        [
+            (0, {"name": "flag"}, "The input 'flag' is there twice: send each input once"),
+            (0, {"name": "q"}, "The request's inputs are 'q', 'flag', 'word': send exactly 'x', 'flag', 'word'"),
+            (0, {"data": [1]}, "^Input 'x': 'data' holds 1 values"),
+            (1, {"datatype": "INT8"}, "datatype INT8 does not fit: send input 'flag' as BOOL"),
+            (1, {"shape": [3, 1]}, "^The input's shape is not .* send input 'flag' so"),
+            (1, {"data": [True, 1, False]}, "^Value 1 of input 'flag' is a number"),
+            (2, {"data": [["é"]]}, "^Value 0 of input 'word' is an array: send a string"),
+            (2, {"data": "é"}, "^Input 'word': The input's 'data' is a string"),
+            (2, {"parameters": {"shared_memory_region": "r"}}, "^Input 'word': The request uses shared memory"),
+        ],
+    )
+    def test_errors_name_the_input(self, index: int, change: Any, words: str) -> None:
+        sent, _ = split(*self.parts((False, False, False)))
+        sent["inputs"][index] |= change
+        with pytest.raises(ProtocolError, match=words):
+            read(sent, signature=TWO)
+
+    def test_the_first_axis_gives_the_rows(self) -> None:
+        fixed = Signature((TensorSpec("x", "FP32", (4, 2)),), ONE.outputs)
+        assert read({"inputs": [tensor("x", (4, 2), "FP32", [0] * 8)]}, signature=fixed).rows == 1
+        scalar = Signature((TensorSpec("x", "FP32", ()),), ONE.outputs)
+        assert read({"inputs": [tensor("x", (), "FP32", [0])]}, signature=scalar).rows == 1
+
+
+class TestTheTail:
+    @pytest.mark.parametrize("size", [True, -1, 1.0, "48", [], {}, 2**63, 2**64, -(2**70), 2.0**64])
+    def test_a_size_is_a_number_of_bytes(self, size: Any) -> None:
+        with pytest.raises(ProtocolError, match="A 'binary_data_size' is not a number of bytes: send a non-negative integer"):
+            read({"inputs": [tensor(binary_data_size=size)]}, bytes(48))
+
+    @pytest.mark.parametrize(("size", "tail"), [(48, 47), (48, 0), (1, 0), (2**63 - 1, 48)])
+    def test_missing_bytes(self, size: int, tail: int) -> None:
+        with pytest.raises(ProtocolError, match=r"Fewer bytes follow .* Inference-Header-Content-Length where they begin"):
+            read({"inputs": [tensor(binary_data_size=size)]}, bytes(tail))
+
+    def test_leftover_bytes(self) -> None:
+        for sent in ({"inputs": [tensor(binary_data_size=48)]}, request()):
+            with pytest.raises(ProtocolError, match="More bytes follow the JSON part than the inputs' 'binary_data_size' promise"):
+                read(sent, bytes(49))
+
+    @pytest.mark.parametrize("size", [0, 47, 24])
+    def test_a_size_that_the_shape_does_not_fill(self, size: int) -> None:
+        with pytest.raises(ProtocolError, match=f"The tensor has {size} bytes, and its shape and datatype FP64 promise another number"):
+            read({"inputs": [tensor(binary_data_size=size)]}, bytes(size))
+
+    def test_both_ways_at_once(self) -> None:
+        for data in ([1] * 6, [], 0):
+            with pytest.raises(ProtocolError, match="both 'data' and 'binary_data_size': send one of them"):
+                read({"inputs": [tensor(data=data, binary_data_size=48)]}, bytes(48))
+
+
+class TestFeatures:
+    """One input for each feature, by its name."""
+
+    COLUMNS = ([1, 2], [3, 4], [5, 6])
+
+    def parts(self, nested: bool = False) -> list[tuple[dict[str, Any], bytes | None]]:
+        shape = (2, 1) if nested else (2,)
+        return [(tensor(name, shape, "FP64", list(values)), None) for name, values in zip(FEATURES, self.COLUMNS, strict=True)]
+
+    @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_any_order_and_both_shapes(self, nested: bool, order: Any) -> None:
+        parts = self.parts(nested)
+        given = read(*split(*(parts[i] for i in order)), NAMED)
+        assert given.arrays["input"].tolist() == [[1, 3, 5], [2, 4, 6]]
+        assert (given.rows, given.outputs) == (2, [("output", False)])
+
+    @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+    def test_mixed_datatypes_shapes_and_forms(self, order: Any) -> None:
+        parts = [
+            (tensor("age", (2, 1), "INT8"), b"\x01\x02"),
+            (tensor("size", (2, 1), "FP32", [[3], [4]]), None),
+            (tensor("a:b[c", (2,), BF16), np.array([5, 6], "<f4").tobytes()[2:4] + np.array([5, 6], "<f4").tobytes()[6:]),
+        ]
+        X = read(*split(*(parts[i] for i in order)), NAMED).arrays["input"]
+        assert X.dtype == np.float64
+        assert X.tolist() == [[1, 3, 5], [2, 4, 6]]
+
+    @pytest.mark.parametrize(
+        ("index", "change", "words"),
+        [
+            (1, {"name": "age"}, "^The input 'age' is there twice"),
+            (1, {"name": "x"}, "^The request lacks 'size' and has the unknown 'x': send one input for each feature, or all as 'input'"),
+            (1, {"name": "input"}, "lacks 'size' and has the unknown 'input'"),
+            (1, {"shape": [3], "data": [1, 2, 3]}, "^The features have different numbers of rows"),
+            (1, {"shape": [1, 2]}, r"^Input 'size': The input's shape is not \[rows, 1\]"),
+            (1, {"shape": [2, 1, 1]}, "^The input's shape is not .* send input 'size' so"),
+            (1, {"shape": []}, "^The input's shape is not .* send input 'size' so"),
+            (1, {"shape": [-1]}, "^The input's shape is not .* send input 'size' so"),
+            (1, {"shape": None}, "^Input 'size': The input's 'shape' is missing"),
+            (1, {"data": [1]}, "^Input 'size': 'data' holds 1 values"),
+            (1, {"data": [1, "2"]}, "^Row 1, feature 'size' is a string"),
+            (1, {"data": [[1], [2]]}, "^Row 0, feature 'size' is an array"),
+            (2, {"data": [NAN, INF]}, r"^Row 0, feature 'a:b\[c' is NaN or null"),
+            (0, {"datatype": BYTES, "data": ["a", "b"]}, "datatype BYTES does not fit: send input 'age' as FP64"),
+            (0, {"datatype": "FP16"}, "^Input 'age': FP16 has no form in JSON"),
+        ],
+    )
+    def test_refuses(self, index: int, change: Any, words: str) -> None:
+        sent, _ = split(*self.parts())
+        sent["inputs"][index] |= change
+        with pytest.raises(ProtocolError, match=words):
+            read(sent, signature=NAMED)
+
+    def test_missing_and_unknown_features(self) -> None:
+        parts = self.parts()
+        for sent, words in (
+            (parts[:2], r"The request lacks 'a:b\[c': send"),
+            ([*parts, (tensor("x", (2,), "FP64", [1, 2]), None)], "The request has the unknown 'x': send"),
+            ([(tensor("x", (2,), "FP64", [1, 2]), None)], r"named 'x': this model's only input is 'input' \(or one for each feature"),
+        ):
+            with pytest.raises(ProtocolError, match=words):
+                read(*split(*sent), NAMED)
+        with pytest.raises(ProtocolError, match=r"this model's only input is 'input'$|has 3 inputs: send exactly one"):
+            read(*split(*parts), ONE)
+
+    def test_many_unknown_names_are_cut(self) -> None:
+        parts = [(tensor(f"name{i}", (1,), "FP64", [1]), None) for i in range(20_000)]
+        signature = NAMED._replace(feature_names=["age", *(f"f{i}" for i in range(2_000))])
+        with pytest.raises(ProtocolError, match="lacks 'f0', ") as caught:
+            read(*split(*parts, (tensor("age", (1,), "FP64", [1]), None)), signature)
+        assert len(str(caught.value)) < 400

@@ -184,5 +184,5 @@ def test_files_that_gdlib_saved(tmp_path: Path) -> None:
     assert all("save the model again" in entry.reason for entry in list(repository.index())[1:])
     loaded = repository.get("a", "1").model
     assert loaded is not None
-    assert loaded.parameters == {"feature_names": ["x", "y", "z"]}
+    assert loaded.parameters["feature_names"] == ["x", "y", "z"]
     np.testing.assert_array_equal(loaded.predict({"input": np.ones((4, 3))})["output"], model.predict(np.ones((4, 3))))

@@ -212,6 +212,7 @@ class TestSeveral:
         other.sync()
         one.sync()
         assert states(one) == {"a/1": UNLOADED, "b/1": "READY"}
+        assert one._state_stamp is None, "it is not looked for again and again"
         one.unload("b")
         other.sync()
         assert states(other) == {"a/1": UNLOADED, "b/1": UNLOADED}

@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,3 +307,26 @@ class TestHalfWritten:
         model = repository.get("a").model
         assert model is not None
         np.testing.assert_array_equal(model.predict({"input": x})["output"], gdlib.Linear(30, 4, seed=1).predict(x))
+
+    def test_a_file_that_is_cut_short_while_it_is_loaded(self, content: bytes, tmp_path: Path) -> None:
+        """In a process of its own: one that has mapped such a file is ended by the system."""
+        path = put(tmp_path / "models", "a/1", content)
+        code = """
+import os, sys
+from gdlib import serialization
+from gdlib.serve.repository import Repository
+build, path = serialization._build, sys.argv[1]
+def cut_and_build(*arguments):
+    os.truncate(path, 0)
+    return build(*arguments)
+serialization._build = cut_and_build
+repository = Repository(sys.argv[2], settle_seconds=0.0)
+print(repository.get("a").reason)
+serialization._build = build
+repository.refresh()
+print(repository.get("a").reason)
+"""
+        command = [sys.executable, "-c", code, str(path), str(tmp_path / "models")]
+        first, second = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert first == "its file changed while it was read."
+        assert second.startswith("a/1/model.safetensors is not a whole safetensors file (")
