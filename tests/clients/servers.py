@@ -39,6 +39,14 @@ def _commands(heading: str) -> dict[str, list[str]]:
     return found
 
 
+def example(server: "Running", package: str) -> str:
+    """The program of the document that imports `package`, for this server."""
+    (found,) = (
+        code for code in re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.M | re.S) if re.search(rf"(import|from) {package}", code)
+    )
+    return found.replace(f"{ADDRESS}:8000", server.netloc)
+
+
 ONE, SEVERAL = _commands("One process"), _commands("Several processes")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.clients import models
 from tests.clients.conftest import Keyed
-from tests.clients.servers import Running
+from tests.clients.servers import Running, example
 
 pytestmark = pytest.mark.clients
 with warnings.catch_warnings():
@@ -99,6 +99,13 @@ def test_health_and_metadata(client):
     mixed = client.get_model_metadata("mixed", "1")
     assert {each["name"]: each["datatype"] for each in mixed["inputs"]} == DATATYPES
     refused(404, "Request for unknown model: 'castle' is not found", client.get_model_metadata, "castle")
+
+
+def test_the_program_of_the_document(server, capsys):
+    names: dict[str, Any] = {}
+    exec(example(server, "tritonclient"), names)
+    names["client"].close()
+    assert capsys.readouterr().out.split() == ["[[165.]", "[255.]]"]
 
 
 def test_query_parameters_and_headers_are_no_hindrance(client):
