@@ -255,7 +255,7 @@ def _channel_class(server: Server) -> Any:
     class JSONErrorTask(ErrorTask):  # type: ignore[misc]
         def execute(self) -> None:
             error = self.request.error
-            body = json.dumps({"error": f"{error.reason}: {error.body}."}).encode()
+            body = json.dumps({"error": f"{error.reason}: {error.body.rstrip('.')}."}).encode()
             self.status = f"{error.code} {error.reason}"
             self.response_headers.append(("Content-Type", "application/json"))
             if error.code == HTTPStatus.SERVICE_UNAVAILABLE:
