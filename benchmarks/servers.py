@@ -199,8 +199,9 @@ def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
 class Connection:
     """A kept connection: bytes of a request in, bytes of the whole answer out."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, patient: bool = True) -> None:
         self._port = port
+        self._patient = patient  # connects again when the server has closed the connection
         self._connect()
 
     def _connect(self) -> None:
@@ -212,6 +213,8 @@ class Connection:
         try:
             answer = self._receive()
         except ConnectionError:  # it was idle for longer than the server likes
+            if not self._patient:
+                raise
             self._connect()
             self._socket.sendall(message)
             answer = self._receive()

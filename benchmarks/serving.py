@@ -178,13 +178,14 @@ def soak(length: float, clients: int = 4) -> bool:
     counts, seen = [0] * clients, set()
 
     def client(index: int) -> None:
-        connection = servers.Connection(port)
+        connection = servers.Connection(port, patient=False)
         while time.monotonic() < end:
             for message in mix:
                 try:
                     answer = connection.ask(message)
                 except OSError as error:
                     answer = repr(error).encode()
+                    connection = servers.Connection(port, patient=False)
                 counts[index] += 1
                 if not answer.startswith(b"HTTP/1.1 200"):
                     failures.append(answer[:300])

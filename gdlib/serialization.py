@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gdlib import validation
 from gdlib.modules import Model, Module
 from gdlib.nn import Linear, ReLU, Sequential, Sigmoid, Tanh
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+
 FORMAT = "gdlib"
 FORMAT_VERSION = "1"
+CHUNK_BYTES = 2**24  # of a tensor that are read at once: some milliseconds, in which no other thread computes
 _ACTIVATIONS = {layer.__name__: layer for layer in (ReLU, Tanh, Sigmoid)}
 
 # What a model says of itself, by attribute and key of the metadata: each checked against its sizes, or None.
@@ -169,6 +173,16 @@ def _create(described: dict[str, Any], dtype: str) -> Module:
     return Linear(described["in_features"], described["out_features"], bool(described["bias"]), dtype=dtype, seed=0)
 
 
+def _fill(data: npt.NDArray[Any], stored: Any, name: str) -> None:
+    """Copy a tensor of the file in, some rows at a time: whole, a large one would be in memory once more, and others kept waiting."""
+    rows = max(1, CHUNK_BYTES // (data.nbytes // len(data)))
+    for begin in range(0, len(data), rows):
+        end = min(begin + rows, len(data))
+        data[begin:end] = stored[begin:end]
+        if not np.isfinite(data[begin:end]).all():
+            validation.require_finite(data[:end], data[:end], name)  # raises, and names the row
+
+
 def _build(metadata: dict[str, str], file: Any) -> Model:
     """The model that the metadata describes. Sizes are compared with what the file holds before memory is taken for them."""
     import json
@@ -184,10 +198,8 @@ def _build(metadata: dict[str, str], file: Any) -> Model:
     model = _create(described, described["dtype"])
     if not isinstance(model, Model):
         raise ValueError(f"it is a lone {described['type']}")
-    state = {name: file.get_tensor(name) for name in wanted}
-    for name, values in state.items():
-        validation.require_finite(values, values, name)
-    model.load_state_dict(state)
+    for name, parameter in model.named_parameters():
+        _fill(parameter.data, slices[name], name)
     for name, check in _FACTS.items():
         setattr(model, name, check(model, json.loads(metadata.get(name, "null"))))  # older files lack units and ranges
     training = json.loads(metadata["training"])

@@ -46,6 +46,23 @@ def test_names_are_checked(tmp_path):
 FACTS = {"feature_units": ["kg/m²", ""], "target_units": ["score"], "feature_ranges": [[18.0, 42.2], [-1.0, -1.0]]}
 
 
+@pytest.mark.parametrize("chunk", [1, 100, 1000])
+def test_large_tensors_are_read_some_rows_at_a_time(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("gdlib.serialization.CHUNK_BYTES", chunk)
+    model = gdlib.Sequential(gdlib.Linear(7, 30, seed=0), gdlib.ReLU(), gdlib.Linear(30, 2, seed=1))
+    path = tmp_path / "m.safetensors"
+    gdlib.save(model, path)
+    for name, values in gdlib.load(path).state_dict().items():
+        np.testing.assert_array_equal(values, model.state_dict()[name])
+    content = bytearray(path.read_bytes())
+    weight = model.state_dict()["0.weight"]
+    at = content.index(weight.tobytes()) + 4 * (7 * 21 + 3)
+    content[at : at + 4] = np.float32(np.nan).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"0.weight holds 1 value that is NaN or infinite, the first \(nan\) at row 21, column 3"):
+        gdlib.load(path)
+
+
 def test_units_and_ranges_come_back(tmp_path):
     path = tmp_path / "m.safetensors"
     save(Linear(2, 1, seed=0), path, **FACTS | {"feature_ranges": np.array(FACTS["feature_ranges"], np.float32)})

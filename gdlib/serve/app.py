@@ -43,6 +43,7 @@ _LOCAL_PEERS = {"127.0.0.1", "::1", "::ffff:127.0.0.1", "", "localhost"}  # the 
 _STATUS = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|infer|config|stats))?")
 _REPOSITORY_PATH = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
+_HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 _OTHER_EXTENSIONS = re.compile(r"/v2/(?:systemsharedmemory|cudasharedmemory|trace|logging|models/[^/]+/trace)(?:/.*)?")
 
 Handler = Callable[[Exchange], Answer]
@@ -79,6 +80,9 @@ def create_app(
     """
     if admin and keys is None:
         raise ValueError("admin needs keys: pass a file of keys, one of them with the scope 'admin'.")
+    for host in allowed_hosts:
+        if not _HOST.fullmatch(host):
+            raise ValueError(f"an allowed host is {host!r}: pass names and addresses without ports, IPv6 in brackets.")
     if max_in_flight < 1:
         raise ValueError(f"max_in_flight is {max_in_flight}: pass 1 or more.")
     if not 0 <= batch_window <= MAX_BATCH_WINDOW:
@@ -149,6 +153,10 @@ class App:
         self._route = lru_cache(MAX_REMEMBERED)(self._find_route)
         self._allows_host = lru_cache(MAX_REMEMBERED)(self._find_host)
 
+    def watch(self) -> None:
+        """Watch the folder from now on, not only from the first request on: for servers that do not fork after this."""
+        self._background.ensure()
+
     def drain(self) -> None:
         """Say from now on that no more requests are wanted, and answer those that come all the same."""
         self._endpoints.draining = True
@@ -192,7 +200,13 @@ class App:
         host = environ.get("HTTP_HOST", "")
         if not (self._allows_host if len(host) <= MAX_REMEMBERED_TEXT else self._find_host)(host):
             status = HTTPStatus.MISDIRECTED_REQUEST if host else HTTPStatus.BAD_REQUEST
-            raise HTTPError(status, f"The Host header is {shorten(host)}: use one of {', '.join(sorted(self._allowed_hosts))}.")
+            # Which names a server is known by is nobody's business who does not know one.
+            names = (
+                f"one of {', '.join(sorted(self._allowed_hosts))}"
+                if self._allowed_hosts <= set(LOOPBACK_HOSTS)
+                else "a name that it allows"
+            )
+            raise HTTPError(status, f"The Host header is {shorten(host)}: call this server by {names}.")
         if self._keys is None and environ.get("REMOTE_ADDR") not in _LOCAL_PEERS:
             raise HTTPError(HTTPStatus.FORBIDDEN, "Without keys this server answers its own machine only: give it a file of `gdlib keys`.")
         path = environ.get("PATH_INFO", "")

@@ -49,18 +49,21 @@ class BatchedModel(NativeModel):
                 self._full.set()
         try:
             if leads:
-                if not alone:
-                    self._full.wait(self._window)
-                self._compute()
+                try:
+                    if not alone:
+                        self._full.wait(self._window)
+                finally:  # whatever ends the waiting, others are in the batch
+                    self._compute()
             else:
                 mine.done.wait()
+            if mine.error is not None:
+                raise mine.error
+            if mine.answer is None:  # who computed for all was interrupted
+                return super().predict(arrays)
+            return {OUTPUT_NAME: mine.answer}
         finally:
             with self._lock:
                 self._inside -= 1
-        if mine.error is not None:
-            raise mine.error
-        assert mine.answer is not None
-        return {OUTPUT_NAME: mine.answer}
 
     def _compute(self) -> None:
         with self._lock:

@@ -17,7 +17,7 @@ from gdlib.serve.metrics import Metrics, Record, in_order, prometheus_text
 from gdlib.serve.models import ServedModel
 from gdlib.serve.parsing import parse_header, parse_json, parse_request
 from gdlib.serve.protocol import UnsupportedError
-from gdlib.serve.repository import ModelVersion, Repository
+from gdlib.serve.repository import ModelVersion, Repository, StateError
 from gdlib.serve.tensors import ProtocolError, checked, shorten
 
 EXTENSIONS = ["binary_tensor_data", "model_repository", "statistics", "model_configuration", "parameters"]
@@ -75,6 +75,8 @@ class Endpoints:
             entry = self._repository.load(name)
         except KeyError:
             raise _unknown(name, None) from None
+        except StateError:
+            raise _state_lost() from None
         except OSError:
             raise HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The models folder cannot be read: try again when it is back.") from None
         if entry.reason:  # an older file or version may serve on, but what was asked for did not come about
@@ -90,6 +92,8 @@ class Endpoints:
             self._repository.unload(name)
         except KeyError:
             raise _unknown(name, None) from None
+        except StateError:
+            raise _state_lost() from None
         return Answer({})
 
     def metadata(self, name: str, version: str | None, exchange: Exchange) -> Answer:
@@ -204,6 +208,11 @@ def _field(body: bytes, key: str, wanted: type) -> Any:
 
 def _may_see(exchange: Exchange, model: str) -> bool:
     return exchange.key is None or exchange.key.allows_model(model)
+
+
+def _state_lost() -> HTTPError:
+    message = "The folder that the processes share, GDLIB_STATE_DIR, cannot be written, and nothing was changed: try again when it can."
+    return HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, message)
 
 
 def _forbidden(scope: str) -> HTTPError:

@@ -57,6 +57,10 @@ class ModelVersion:
 Catalogue = dict[str, dict[str, ModelVersion]]  # name -> version -> model, versions in rising order
 
 
+class StateError(OSError):
+    """The file on which several processes agree cannot be written."""
+
+
 class Repository:
     """The models under `root`. Raises NotADirectoryError when there is no such folder.
 
@@ -152,7 +156,7 @@ class Repository:
     def load(self, name: str) -> ModelVersion:
         """Serve the model again, from the files as they are now, and give its highest version.
 
-        Raises KeyError when there is no such folder, OSError when that cannot be seen.
+        Raises KeyError when there is no such folder, OSError when that cannot be seen, StateError when the others cannot be told.
         """
         with self._scanning:
             if name not in self._names() or name in _RESERVED or not _NAME.fullmatch(name):  # a client's text becomes no path
@@ -163,7 +167,7 @@ class Repository:
             return _newest(name, self._catalogue[name])
 
     def unload(self, name: str) -> None:
-        """Stop serving the model and free its memory, until `load`. Raises KeyError for an unknown name."""
+        """Stop serving the model and free its memory, until `load`. Raises KeyError for an unknown name, StateError as `load` does."""
         with self._lock:
             self._catalogue[name]
             self._agree(lambda unloaded: unloaded | {name})
@@ -191,11 +195,15 @@ class Repository:
         if self._state_file is None:
             self._set_unloaded(change(self._unloaded))
             return
-        with locked(self._state_file.parent):
-            self._follow()
-            unloaded = change(self._unloaded)
-            write_atomically(self._state_file, json.dumps({"unloaded": sorted(unloaded)}).encode())
-            self._state_stamp = _stamp_of(self._state_file)
+        try:
+            with locked(self._state_file.parent):
+                self._follow()
+                unloaded = change(self._unloaded)
+                write_atomically(self._state_file, json.dumps({"unloaded": sorted(unloaded)}).encode())
+                self._state_stamp = _stamp_of(self._state_file)
+        except OSError as error:
+            logger.error("What is unloaded cannot be written for the other processes: %s", error)
+            raise StateError("the folder that the processes share cannot be written") from error
         self._set_unloaded(unloaded)
 
     def _set_unloaded(self, unloaded: frozenset[str]) -> None:

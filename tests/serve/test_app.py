@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gdlib.serve.app import App
+from gdlib.serve.app import App, create_app
 from gdlib.serve.bodies import MAX_JSON_BYTES
 from gdlib.serve.repository import Repository
 
@@ -186,7 +186,18 @@ class TestRouting:
     def test_other_hosts_are_refused(self, one: Any, host: str) -> None:
         reply = one("GET", "/v2/health/live", HTTP_HOST=host)
         assert reply.status == 421
-        assert "use one of 127.0.0.1, [::1], localhost" in reply.json["error"]
+        assert "call this server by one of 127.0.0.1, [::1], localhost" in reply.json["error"]
+
+    def test_names_of_a_public_server_are_not_told(self, models_dir: Any, loaders: Any, call: Any) -> None:
+        app = App(Repository(models_dir({"a/1": "{}"}), loaders), allowed_hosts=["localhost", "secret.example"])
+        reply = call(app, "GET", "/v2/health/live", HTTP_HOST="evil.example")
+        assert (reply.status, "secret" in reply.json["error"]) == (421, False)
+        assert call(app, "GET", "/v2/health/live", HTTP_HOST="secret.example:80").status == 200
+
+    @pytest.mark.parametrize("host", ["models.example:8443", "::1", "", "a b", "http://models.example"])
+    def test_an_allowed_host_is_a_name_alone(self, tmp_path: Any, host: str) -> None:
+        with pytest.raises(ValueError, match="pass names and addresses without ports, IPv6 in brackets"):
+            create_app(tmp_path, allowed_hosts=["localhost", host])
 
     @pytest.mark.parametrize("path", ["/v2/health/live", "/nothing", INFER])
     def test_a_missing_host_is_refused(self, one: Any, path: str) -> None:

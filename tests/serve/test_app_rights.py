@@ -218,6 +218,19 @@ class TestLoading:
         assert (reply.status, reply.json) == (200, {})
         assert ask("all", "POST", "/v2/models/a/infer").status == 200
 
+    def test_a_common_folder_that_is_gone(self, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        state = tmp_path / "state"
+        state.mkdir()
+        ask = make(state=state)
+        state.rmdir()
+        for action in ("unload", "load"):
+            reply = ask("boss", "POST", f"/v2/repository/models/a/{action}")
+            assert reply.status == 503
+            assert "GDLIB_STATE_DIR, cannot be written, and nothing was changed" in reply.json["error"]
+            assert str(tmp_path) not in reply.json["error"]
+        assert ask("all", "GET", "/v2/models/a/ready").status == 200
+        assert "cannot be written for the other processes" in caplog.text
+
     @pytest.mark.parametrize("body", [{"parameters": {"config": "{}"}}, {"parameters": {"file:1/model.onnx": "AAAA"}}])
     def test_no_configuration_and_no_files(self, make: Any, body: Any) -> None:
         ask = make()

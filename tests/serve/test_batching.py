@@ -101,6 +101,41 @@ def test_an_error_is_that_of_its_request_alone(counting: Counting, monkeypatch: 
     assert ask(model, [[1, 0, 0]]).tolist() == [[0, 11]], "and it goes on"
 
 
+@pytest.mark.parametrize("moment", ["wait", "compute"])
+def test_an_interruption_holds_up_nobody_else(counting: Counting, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    monkeypatch.setattr("gdlib.serve.batching.MAX_ROWS", 2)
+    model = BatchedModel(counting, FOREVER)
+    counting.go_on.clear()
+    inner, wait = counting._inner.predict, model._full.wait
+
+    def interrupted(*arguments: Any) -> Any:
+        wait(FOREVER)
+        raise KeyboardInterrupt
+
+    def compute(x: Any) -> Any:
+        if len(x) == 2:
+            raise KeyboardInterrupt
+        return inner(x)
+
+    if moment == "wait":
+        monkeypatch.setattr(model._full, "wait", interrupted)
+    else:
+        monkeypatch.setattr(counting._inner, "predict", compute)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(ask, model, [[1, 0, 0]])
+        assert counting.entered.wait(FOREVER)
+        leader = pool.submit(ask, model, [[2, 0, 0]])
+        wait_until(lambda: len(model._gathering) == 1)
+        follower = pool.submit(ask, model, [[3, 0, 0]])
+        wait_until(lambda: counting.calls[:2] == [1, 2])
+        counting.go_on.set()
+        assert first.result().tolist() == [[0, 11]]
+        assert follower.result().tolist() == [[0, 31]]
+        with pytest.raises(KeyboardInterrupt):
+            leader.result()
+    assert ask(model, [[4, 0, 0]]).tolist() == [[0, 41]]
+
+
 def test_many_at_once_get_the_bits_that_they_get_alone() -> None:
     network = gdlib.Sequential(gdlib.Linear(20, 33, seed=0), gdlib.Tanh(), gdlib.Linear(33, 5, seed=1))
     model = BatchedModel(network, 0.001)
