@@ -47,8 +47,8 @@ export const metadata = (model) => get(modelPath(model));
 export const infer = (model, body) => post(`${modelPath(model)}/infer`, JSON.stringify(body));
 
 export async function statistics({ name, version }) {
-  const all = await get("v2/models/stats");
-  return all.model_stats.find((entry) => entry.name === name && entry.version === version) ?? null;
+  const all = await get(`v2/models/${name}/stats`);
+  return all.model_stats.find((entry) => entry.version === version) ?? null;
 }
 
 // [[upper bound in seconds, requests in this bucket], ...], the last bound Infinity.

@@ -65,7 +65,8 @@ function textOf({ inputs, parameters = {} }) {
   $("form-note").textContent = "";
   return [h("div", { class: "field wide" },
     h("label", { for: "inputs" }, "Inputs, as JSON"), box,
-    h("span", { class: "hint", id: "inputs-hint" }, "A list of tensors, each with name, shape, datatype and data."))];
+    h("span", { class: "hint", id: "inputs-hint" }, "A list of tensors, each with name, shape, datatype and data." +
+      (example.some(({ data }) => data.length === 0) ? " There are too many values for an example: fill in data." : "")))];
 }
 
 export function build(metadata) {
