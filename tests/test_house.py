@@ -97,7 +97,8 @@ SERVE = {
         "repository",
         "tensors",
     },
-    "server": {"app", "bodies", "endpoints"},
+    "channels": {"bodies", "endpoints"},
+    "server": {"app", "channels"},
     "wsgi": {"app"},
     "": {"app", "server"},
 }

@@ -195,6 +195,17 @@ class App:
         start_response(_STATUS[status], headers)
         return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
 
+    def refused(self, status: int, environ: WSGIEnvironment, bytes_out: int) -> list[tuple[str, str]]:
+        """Count and log an answer that the server itself gave, and give the headers that every answer has.
+
+        `environ` holds what the server knows of the request, which may be nothing.
+        """
+        request_id = self._ids.get(environ.get("HTTP_X_REQUEST_ID"))
+        self._metrics.responded(status)
+        if self._access_log is not None:
+            self._log(self._access_log, Exchange(environ), request_id, status, bytes_out, perf_counter_ns())
+        return [("X-Content-Type-Options", "nosniff"), ("X-Request-Id", request_id)]
+
     def _answer(self, exchange: Exchange) -> Answer:
         environ = exchange.environ
         host = environ.get("HTTP_HOST", "")
@@ -251,7 +262,7 @@ class App:
             id=request_id,
             remote=environ.get("REMOTE_ADDR"),
             key=exchange.key and exchange.key.name,
-            method=environ["REQUEST_METHOD"],
+            method=environ.get("REQUEST_METHOD"),
             path=environ.get("PATH_INFO", ""),
             status=int(status),
             ms=round((perf_counter_ns() - begin) / 1e6, 3),

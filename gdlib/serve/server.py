@@ -1,11 +1,11 @@
 """A small server for the application: waitress with limits, on loopback unless there are keys, that loses no request when it stops.
 
-waitress receives a request whole before a thread sees it, so stalled clients hold no thread. Its own shutdown drops requests in
-flight; `Server` runs its event loop and drains instead. Several processes and TLS are deliberately not here.
+waitress receives a request whole before a thread sees it, so stalled clients hold no thread; `gdlib.serve.channels` bounds what they may
+hold. waitress's own shutdown drops requests in flight; `Server` runs its event loop and drains instead: it answers what was sent on every
+connection that was made before the port closed. Several processes and TLS are deliberately not here.
 """
 
 import ipaddress
-import json
 import logging
 import os
 import signal
@@ -13,21 +13,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from http import HTTPStatus
 from types import FrameType
 from typing import Any, Self
 from wsgiref.types import WSGIApplication
 
 from gdlib.serve.app import LOOPBACK_HOSTS, App, create_app
-from gdlib.serve.bodies import MAX_BYTES
-from gdlib.serve.endpoints import RETRY_AFTER
 
 POLL_SECONDS = 0.1  # how soon an idle server sees that it should stop
 DRAIN_SECONDS = 10.0  # well inside the 30 s that process managers grant
-IDLE_SECONDS = 300  # clients pool connections and do not send a POST again when one was closed
-MAX_CONNECTIONS = 256  # each may hold three file descriptors, and a process often has 1,024
-MAX_QUEUED = 128  # inference requests that wait for a thread; the next ones are told to come again
-MAX_HEADER_BYTES = 32 * 2**10
+HANDSHAKE_SECONDS = 0.1  # for connections that had begun when the server stopped to take new ones
+QUIET_SECONDS = 1.0  # a connection without traffic for so long is closed while draining; on others a request may be on its way
 
 
 class Server:
@@ -55,7 +50,8 @@ class Server:
     ) -> None:
         try:
             from waitress import wasyncore
-            from waitress.server import create_server
+
+            from gdlib.serve.channels import Listener
         except ImportError:
             raise ImportError("Serving needs the package waitress: pip install gdlib[serve].") from None
         if threads < 1:
@@ -68,22 +64,10 @@ class Server:
         self.url = f"http://{_netloc(address)}:{self.port}"
         self._asyncore = wasyncore
         self._map: dict[int, Any] = {}
-        self._waitress = create_server(
-            app,
-            map=self._map,
-            sockets=[listener],
-            _dispatcher=_dispatcher(threads),
-            ident="gdlib",
-            max_request_body_size=MAX_BYTES + 1,  # waitress refuses at its limit, the application above its own
-            max_request_header_size=MAX_HEADER_BYTES,
-            channel_timeout=IDLE_SECONDS,
-            connection_limit=MAX_CONNECTIONS,
-        )
-        self._waitress.channel_class = _channel_class(self)
+        self._waitress = Listener(app, listener, threads, self._map, app.refused if isinstance(app, App) else None)
         self._app = app
         self._grace = grace
         self._stops = 0  # calls of stop
-        self.draining = False
         self._running = threading.Lock()
         self._closed = False
 
@@ -101,6 +85,11 @@ class Server:
     def stop(self) -> None:
         """Ask `run` to end, the second time without more grace. Any thread and any signal handler may call it, any number of times."""
         self._stops += 1
+
+    @property
+    def draining(self) -> bool:
+        """Whether it was asked to stop and has begun to."""
+        return bool(self._waitress.draining)
 
     @property
     def queued(self) -> int:
@@ -124,21 +113,26 @@ class Server:
         self._asyncore.loop(timeout=POLL_SECONDS, use_poll=True, map=self._map, count=1)
 
     def _drain(self) -> None:
-        self.draining = True  # every answer from now on says that its connection ends
+        self._waitress.draining = True
         if isinstance(self._app, App):
             self._app.drain()
         end_of_grace = time.monotonic() + self._grace
         while self._stops < 2 and time.monotonic() < end_of_grace:
             self._poll()
-        # Only the listening socket: the threads wake the loop through the server's trigger until they are done.
-        self._asyncore.dispatcher.close(self._waitress)
-        deadline = time.monotonic() + DRAIN_SECONDS
+        self._waitress.refuse_more()
+        begin = time.monotonic()
+        while not (self._waitress.accept_waiting() and time.monotonic() >= begin + HANDSHAKE_SECONDS) and not self._is_late(begin):
+            self._poll()
+        self._waitress.close_listener()
         channels = self._waitress.active_channels
-        while channels and time.monotonic() < deadline:
-            self._poll()  # before the check, so that what has already arrived counts as in flight
-            for channel in channels.values():
-                if not channel.requests and channel.request is None and not channel.total_outbufs_len:
-                    channel.will_close = True
+        while channels and not self._is_late(begin):
+            self._poll()
+            for channel in list(channels.values()):
+                if channel.is_idle(QUIET_SECONDS):
+                    channel.handle_close()
+
+    def _is_late(self, begin: float) -> bool:
+        return time.monotonic() >= begin + DRAIN_SECONDS
 
     def _release(self) -> None:
         if self._closed:
@@ -217,51 +211,3 @@ def _address(host: str, public: bool) -> str:
 
 def _netloc(address: str) -> str:
     return f"[{address}]" if ":" in address else address
-
-
-def _dispatcher(threads: int) -> Any:
-    """waitress's threads, with a bound on the inference requests that wait for one."""
-    from waitress.task import ThreadedTaskDispatcher
-    from waitress.utilities import Error
-
-    class BusyError(Error):  # type: ignore[misc]
-        code = 503
-        reason = "Service Unavailable"
-
-    class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
-        def add_task(self, task: Any) -> None:
-            request = task.requests[0]
-            if len(self.queue) >= MAX_QUEUED and request.error is None and request.path.endswith("/infer"):
-                request.error = BusyError("too many requests wait already, send this one again in a moment")
-            super().add_task(task)
-
-    dispatcher = Dispatcher()
-    dispatcher.set_thread_count(threads)
-    return dispatcher
-
-
-def _channel_class(server: Server) -> Any:
-    """waitress's channel: its own errors as the protocol's JSON, and an end that clients know of before it comes."""
-    from waitress.channel import HTTPChannel
-    from waitress.task import ErrorTask, WSGITask
-
-    class Task(WSGITask):  # type: ignore[misc]
-        def build_response_header(self) -> bytes:
-            if server.draining:
-                self.set_close_on_finish()
-            header: bytes = super().build_response_header()
-            return header
-
-    class JSONErrorTask(ErrorTask):  # type: ignore[misc]
-        def execute(self) -> None:
-            error = self.request.error
-            body = json.dumps({"error": f"{error.reason}: {error.body.rstrip('.')}."}).encode()
-            self.status = f"{error.code} {error.reason}"
-            self.response_headers.append(("Content-Type", "application/json"))
-            if error.code == HTTPStatus.SERVICE_UNAVAILABLE:
-                self.response_headers.append(RETRY_AFTER)
-            self.content_length = len(body)
-            self.set_close_on_finish()
-            self.write(body)
-
-    return type("Channel", (HTTPChannel,), {"task_class": Task, "error_task_class": JSONErrorTask})

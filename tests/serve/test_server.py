@@ -18,9 +18,10 @@ from gdlib.serve.app import App
 from gdlib.serve.bodies import MAX_BYTES, MAX_JSON_BYTES
 from gdlib.serve.keys import add_key
 from gdlib.serve.repository import Repository
-from gdlib.serve.server import MAX_HEADER_BYTES, Server, serve
+from gdlib.serve.server import Server, serve
 
 pytest.importorskip("waitress", reason="the server is an extra: pip install gdlib[serve]")
+from gdlib.serve.channels import MAX_HEADER_BYTES
 
 REQUEST = json.dumps({"inputs": [{"name": "input", "shape": [1, 3], "datatype": "FP64", "data": [1, 0, 0]}]})
 TIMEOUT = 60  # seconds until a hung test fails; nothing waits that long
@@ -269,7 +270,7 @@ def test_in_its_grace_a_server_answers_but_is_not_ready(app: App) -> None:
 
 
 def test_more_requests_than_may_wait_are_told_to_come_again(app: App, fake_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gdlib.serve.server.MAX_QUEUED", 2)
+    monkeypatch.setattr("gdlib.serve.channels.MAX_QUEUED", 2)
     entered, leave = threading.Event(), threading.Event()
     predict = fake_model.predict
 
