@@ -74,6 +74,8 @@ class Server:
     def run(self) -> None:
         """Serve until `stop`, then finish the requests in flight, for at most DRAIN_SECONDS, and close."""
         with self._running:
+            if isinstance(self._app, App) and not self._stops:
+                self._app.watch()
             try:
                 while not self._stops:
                     self._poll()

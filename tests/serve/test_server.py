@@ -77,6 +77,15 @@ def test_starts_on_a_free_port_answers_and_stops(app: App) -> None:
     wait_until(lambda: not any(thread.name.startswith(("waitress", "gdlib-serve")) for thread in threading.enumerate()))
 
 
+def test_the_folder_is_watched_without_any_request(models_dir: Any, loaders: Any) -> None:
+    root = models_dir({"a/1": "{}"})
+    app = App(Repository(root, loaders, settle_seconds=0.0), watch_seconds=0.01)
+    with Server(app, port=0):
+        (root / "a" / "2").mkdir()
+        (root / "a" / "2" / "model.safetensors").write_text("{}")
+        wait_until(lambda: app.repository.get("a").version == "2")
+
+
 def test_two_servers_side_by_side(app: App) -> None:
     with Server(app, port=0) as first, Server(app, port=0) as second:
         for server in (first, second):
