@@ -111,6 +111,14 @@ def test_clients_that_take_no_answers_hold_no_thread() -> None:
         assert answer(greedy[0])[0] == 200
 
 
+def test_a_request_that_waits_is_seen_though_all_is_sent(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "MAX_UNSENT_BYTES", -1)
+    with Server(app, port=0) as server, connected(server, LIVE) as client:
+        wait_until(lambda: any(channel.parked for channel in list(server._waitress.active_channels.values())))
+        monkeypatch.undo()
+        assert answer(client)[0] == 200
+
+
 def test_a_client_that_does_not_take_its_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with Server(big_app, port=0) as server, connected(server, b"GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n") as client:
         wait_until(lambda: unsent(server) > 0)
