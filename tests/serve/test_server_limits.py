@@ -102,13 +102,21 @@ def test_clients_that_take_no_answers_hold_no_thread() -> None:
     with Server(big_app, port=0, threads=1) as server, contextlib.ExitStack() as stack:
         request = b"GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n"
         greedy = [stack.enter_context(connected(server, request * 5)) for _ in range(3)]
-        wait_until(lambda: unsent(server) > 3 * channels.MAX_UNSENT_BYTES)
+        wait_until(lambda: sum(channel.parked for channel in list(server._waitress.active_channels.values())) == len(greedy))
         assert is_alive(server)
         assert unsent(server) < 4 * len(BIG), "the requests behind the first one of each connection wait"
         assert answers(greedy[0], 5) == [BIG] * 5, "and are answered when the client takes the answers"
         wait_until(lambda: any(holds_nothing(channel) for channel in list(server._waitress.active_channels.values())))
         greedy[0].sendall(LIVE)
         assert answer(greedy[0])[0] == 200
+
+
+def test_a_request_that_waits_is_seen_though_all_is_sent(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "MAX_UNSENT_BYTES", -1)
+    with Server(app, port=0) as server, connected(server, LIVE) as client:
+        wait_until(lambda: any(channel.parked for channel in list(server._waitress.active_channels.values())))
+        monkeypatch.undo()
+        assert answer(client)[0] == 200
 
 
 def test_a_client_that_does_not_take_its_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,8 +215,12 @@ def test_more_body_than_all_may_hold(app: App, monkeypatch: pytest.MonkeyPatch, 
             assert (status, headers["Retry-After"], headers["Connection"]) == (503, "1", "close")
             assert "send this request again in a moment" in json.loads(body)["error"]
             wait_until(lambda: server._waitress.held_bodies() == 2_000_000)
-        with connected(server, INFER + b"Content-Length: %d\r\n\r\n" % len(REQUEST), REQUEST) as small:
+        monkeypatch.setattr(channels, "MAX_HELD_BYTES", 1_000_000)
+        with connected(server, INFER + b"Content-Length: %d\r\n\r\n" % len(REQUEST), REQUEST[:10]) as small:
+            wait_until(lambda: server._waitress.held_bodies() == 2_000_010)
+            small.sendall(REQUEST[10:])
             assert answer(small)[0] == 200, "small bodies are always taken"
+        monkeypatch.setattr(channels, "MAX_HELD_BYTES", 3_000_000)
         first.sendall(REQUEST.rjust(500_000))
         assert answer(first)[0] == 200
         wait_until(lambda: server._waitress.held_bodies() == 0)
