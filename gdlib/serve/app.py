@@ -39,9 +39,12 @@ MAX_IN_FLIGHT = 64  # inference requests at once; each may hold a body of 64 MiB
 MAX_BATCH_WINDOW = 1.0  # seconds
 WATCH_SECONDS = 1.0  # between two looks at the folder; a look at a hundred versions takes about a millisecond
 MAX_REMEMBERED, MAX_REMEMBERED_TEXT = 1024, 256  # paths and Host headers, which clients choose freely; characters of each
+MAX_QUICK_BYTES = 4096  # some two hundred numbers in JSON
 _LOCAL_PEERS = {"127.0.0.1", "::1", "::ffff:127.0.0.1", "", "localhost"}  # the last two are what servers say for a Unix socket
 _STATUS = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|infer|config|stats))?")
+_INFER_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+_QUICK_PATHS = {"/v2/health/live", "/v2/health/ready"}
 _REPOSITORY_PATH = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 _OTHER_EXTENSIONS = re.compile(r"/v2/(?:systemsharedmemory|cudasharedmemory|trace|logging|models/[^/]+/trace)(?:/.*)?")
@@ -194,6 +197,19 @@ class App:
             self._log(self._access_log, exchange, request_id, status, len(body), begin)
         start_response(_STATUS[status], headers)
         return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
+
+    def is_quick(self, path: str, size: int) -> bool:
+        """Whether a request with a body of `size` bytes takes less time than handing it to another thread: some 50 us."""
+        if size > MAX_QUICK_BYTES or self.repository.shared:  # with others to follow it may have to wait
+            return False
+        found = _INFER_PATH.fullmatch(path)
+        if found is None:
+            return path in _QUICK_PATHS
+        try:
+            model = self.repository.get(*found.groups()).model
+        except KeyError:
+            return True  # to say so
+        return model is None or model.quick
 
     def refused(self, status: int, environ: WSGIEnvironment, bytes_out: int) -> list[tuple[str, str]]:
         """Count and log an answer that the server itself gave, and give the headers that every answer has.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gdlib.serve.models import INPUT_NAME, OUTPUT_NAME, Arrays, NativeModel, Predictor, ServedModel, load_copy
+from gdlib.serve.models import INPUT_NAME, OUTPUT_NAME, QUICK_BYTES, Arrays, NativeModel, Predictor, ServedModel, load_copy
 
 MIN_BYTES = 2**20  # a core's L2: a model that fits it is computed faster than anybody waits
 MAX_ROWS = 256  # of a batch that still waits for more: by then computing costs more than reading the weights
@@ -89,4 +89,5 @@ class BatchedModel(NativeModel):
 def load_batched(path: Path, window: float) -> ServedModel:
     """The gdlib model in a file; one whose weights do not fit a core's cache batches its requests. Raises what `gdlib.load` raises."""
     model = load_copy(path)
-    return BatchedModel(model, window) if path.stat().st_size >= MIN_BYTES else NativeModel(model)
+    size = path.stat().st_size
+    return BatchedModel(model, window) if size >= MIN_BYTES else NativeModel(model, quick=size <= QUICK_BYTES)

@@ -1,7 +1,8 @@
 """waitress's connections as `gdlib.serve.server` wants them: bounded in memory and time, with errors as the protocol's JSON.
 
 No thread ever waits for a client: requests are received whole before one sees them, and answers are kept until they are sent. What that
-holds is bounded here, and so is the time of clients that send or take too slowly. It needs waitress, which an installation may lack.
+holds is bounded here, and so is the time of clients that send or take too slowly. A request that takes less than handing it to a thread
+would is answered by the loop itself. It needs waitress, which an installation may lack.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import json
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -125,6 +127,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     outbufs: list[Any]
     close_when_flushed: bool
 
+    quick = False  # the next request is for the loop to answer
     parked = False  # the next request waits until the client has taken enough of the answers before it
     lingers = False  # after the answer the client may go on sending for a moment, into the void
     lingers_until: float | None = None
@@ -135,10 +138,19 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.lingers_until is not None:
             return False
         good: bool = super().received(data)
+        self.serve_quick()
         request = self.request
         if request is not None and request.held() > SMALL_BODY_BYTES and self.server.held_bodies() > MAX_HELD_BYTES:
             self._refuse(BusyError("too many bodies are being received, send this request again in a moment"))
         return good
+
+    def serve_quick(self) -> None:
+        """Answer the requests that the listener has left to the loop. waitress holds a lock of this channel where it hands them over."""
+        while self.quick:
+            self.quick = False
+            self.service()
+            if self.connected and self.writable():
+                self.handle_write()  # at once, not when the loop comes round
 
     def write_soon(self, data: Any) -> int:
         if not self.total_outbufs_len:
@@ -164,6 +176,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.parked and self.connected and self.total_outbufs_len <= MAX_UNSENT_BYTES:
             self.parked = False
             self.server.add_task(self)
+            self.serve_quick()
 
     def _flush_some(self, do_close: bool = True) -> bool:
         sent: bool = super()._flush_some(do_close=do_close)
@@ -210,9 +223,13 @@ def _is_slow(seconds: float, moved: int) -> bool:
 
 
 class Listener(TcpWSGIServer):  # type: ignore[misc]
-    """The listening socket and its connections. `refused` counts an answer of waitress's own, and gives the headers for it."""
+    """The listening socket and its connections. `refused` counts an answer of waitress's own, and gives the headers for it.
+
+    `is_quick(path, bytes)` says which requests take so little that the loop answers them.
+    """
 
     channel_class = Channel
+    loop_thread: int | None = None  # who runs the loop
     draining = False  # every answer from now on says that its connection ends
 
     def __init__(
@@ -222,8 +239,10 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
         threads: int,
         map: dict[int, Any],
         refused: Callable[[int, dict[str, str], int], list[tuple[str, str]]] | None,
+        is_quick: Callable[[str, int], bool],
     ) -> None:
         self.refused = refused
+        self._is_quick = is_quick
         self._too_much_unsent = False
         self._none_waits = False
         dispatcher = ThreadedTaskDispatcher()
@@ -241,6 +260,7 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
             cleanup_interval=1,
             connection_limit=_NO_LIMIT,  # `readable` has its own
         )
+        adjustments.send_bytes = 2**14  # the head of an answer leaves together with its body; as an argument it is deprecated
         where = (listener.family, listener.type, listener.proto, listener.getsockname())
         super().__init__(app, map, True, listener, dispatcher=dispatcher, adj=adjustments, bind_socket=False, sockinfo=where)
 
@@ -254,7 +274,14 @@ class Listener(TcpWSGIServer):  # type: ignore[misc]
                 request.error = BusyError("too many requests wait already, send this one again in a moment")
             elif self._too_much_unsent:
                 request.error = BusyError("too many answers have not been taken yet, send this request again in a moment")
-        super().add_task(channel)
+        if request.error is None and threading.get_ident() == self.loop_thread and self._is_quick(request.path, request.content_length):
+            channel.quick = True
+        else:
+            super().add_task(channel)
+
+    def pull_trigger(self) -> None:
+        if threading.get_ident() != self.loop_thread:  # which needs no waking
+            super().pull_trigger()
 
     def maintenance(self, now: float) -> None:
         super().maintenance(now)

@@ -14,6 +14,7 @@ from gdlib.serve.tensors import DATATYPE_NAMES, ProtocolError, TensorSpec, check
 
 INPUT_NAME, OUTPUT_NAME = "input", "output"
 MAX_WEIGHTS = 10_000  # of a linear model that tells them: 200 KB as text
+QUICK_BYTES = 2**16  # of a model's file: its weights fit the innermost cache or nearly, and a row takes some microseconds
 Arrays = dict[str, NDArray[Any]]
 _FACTS = ("feature_units", "target_units", "feature_ranges")  # that a predictor may have besides its names
 
@@ -24,6 +25,7 @@ class ServedModel(Protocol):
     platform: str
     signature: Signature
     parameters: dict[str, Any]  # of the model's metadata: names, units and what else describes it
+    quick: bool  # whether a few rows take no longer than some microseconds, always
 
     def predict(self, arrays: Arrays) -> Arrays:
         """The outputs by name. Raises ProtocolError when these inputs have no answer."""
@@ -46,8 +48,9 @@ class NativeModel:
 
     platform = "gdlib"
 
-    def __init__(self, model: Predictor) -> None:
+    def __init__(self, model: Predictor, *, quick: bool = False) -> None:
         self._model = model
+        self.quick = quick
         self._datatype = DATATYPE_NAMES[model.dtype]
         self.signature = Signature(
             (TensorSpec(INPUT_NAME, self._datatype, (-1, model.in_features)),),
@@ -80,7 +83,7 @@ def _weights(model: Predictor) -> dict[str, Any]:
 
 def load_native(path: Path) -> ServedModel:
     """The model in a file that `gdlib.save` wrote. Raises what `gdlib.load` raises."""
-    return NativeModel(load_copy(path))
+    return NativeModel(load_copy(path), quick=path.stat().st_size <= QUICK_BYTES)
 
 
 def load_copy(path: Path) -> Predictor:

@@ -36,6 +36,7 @@ class OnnxModel:
     """A model in an .onnx file, with the inputs and outputs that it declares."""
 
     platform = "onnxruntime_onnx"  # the protocol's name for it
+    quick = False
 
     def __init__(self, path: Path) -> None:
         try:

@@ -64,7 +64,8 @@ class Server:
         self.url = f"http://{_netloc(address)}:{self.port}"
         self._asyncore = wasyncore
         self._map: dict[int, Any] = {}
-        self._waitress = Listener(app, listener, threads, self._map, app.refused if isinstance(app, App) else None)
+        refused, is_quick = (app.refused, app.is_quick) if isinstance(app, App) else (None, _never)
+        self._waitress = Listener(app, listener, threads, self._map, refused, is_quick)
         self._app = app
         self._grace = grace
         self._stops = 0  # calls of stop
@@ -76,6 +77,7 @@ class Server:
         with self._running:
             if isinstance(self._app, App) and not self._stops:
                 self._app.watch()
+            self._waitress.loop_thread = threading.get_ident()
             try:
                 while not self._stops:
                     self._poll()
@@ -199,6 +201,10 @@ def serve(
     finally:
         restore()
         server.close()
+
+
+def _never(path: str, size: int) -> bool:
+    return False
 
 
 def _address(host: str, public: bool) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+import gdlib
 from gdlib.serve.access_log import AccessLog
-from gdlib.serve.app import App
+from gdlib.serve.app import App, create_app
 from gdlib.serve.bodies import MAX_BYTES
 from gdlib.serve.repository import Repository
 from gdlib.serve.server import Server
@@ -308,3 +309,56 @@ def test_a_client_that_sends_on_and_on_is_cut_off(app: App, monkeypatch: pytest.
     with Server(app, port=0) as server, connected(server, b"nonsense\r\n\r\n") as client:
         assert answer(client)[0] == 400
         wait_until(lambda: not server._waitress.active_channels)
+
+
+def test_the_loop_answers_what_is_quick_and_threads_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gdlib.save(gdlib.Linear(3, 2, seed=0), tmp_path / "small" / "1" / "model.safetensors")
+    gdlib.save(gdlib.Linear(100, 400, seed=0), tmp_path / "wide" / "1" / "model.safetensors")
+    app = create_app(tmp_path)
+    answered: list[tuple[str, bool]] = []
+    call = App.__call__
+
+    def note(self: App, environ: Any, start_response: Any) -> Any:
+        answered.append((environ["PATH_INFO"], threading.current_thread().name == "gdlib-serve"))
+        return call(self, environ, start_response)
+
+    monkeypatch.setattr(App, "__call__", note)
+
+    def body(rows: int, features: int) -> str:
+        data = [1.0] * (rows * features)
+        return json.dumps({"inputs": [{"name": "input", "shape": [rows, features], "datatype": "FP32", "data": data}]})
+
+    requests = [
+        ("GET", "/v2/health/live", None, True),
+        ("POST", "/v2/models/small/infer", body(1, 3), True),
+        ("POST", "/v2/models/small/versions/1/infer", body(1, 3), True),
+        ("POST", "/v2/models/nothing/infer", body(1, 3), True),
+        ("POST", "/v2/models/small/infer", body(1000, 3), False),
+        ("POST", "/v2/models/wide/infer", body(1, 100), False),
+        ("GET", "/v2/models/small", None, False),
+        ("GET", "/metrics", None, False),
+    ]
+    with Server(app, port=0) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+        for method, path, content, _ in requests:
+            connection.request(method, path, content)
+            response = connection.getresponse()
+            response.read()
+            assert response.status == (404 if "nothing" in path else 200)
+        connection.close()
+        # Pipelined: in order, whoever answers.
+        with socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT) as client:
+            paths = ["/v2/health/live", "/v2/models/small", "/v2/health/ready", "/v2", "/v2/health/live"]
+            client.sendall("".join(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n" for path in paths).encode())
+            bodies = []
+            reader = client.makefile("rb")
+            for _ in paths:
+                size = 0
+                while (line := reader.readline()) != b"\r\n":
+                    if line.lower().startswith(b"content-length:"):
+                        size = int(line.split(b":")[1])
+                bodies.append(json.loads(reader.read(size)))
+            reader.close()
+        assert [next(iter(answer)) for answer in bodies] == ["live", "name", "live", "name", "live"]
+        assert [bodies[1]["name"], bodies[3]["name"]] == ["small", "gdlib"]
+    assert answered[: len(requests)] == [(path, quick) for _, path, _, quick in requests]
