@@ -3,6 +3,7 @@
 import io
 import json
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ LARGE = 1000  # rows
 CONSTANT, DEFAULT, SINGLE = "waitress, constant answer", "MLServer", "MLServer, no workers"
 
 
-def in_process(_: Any, body: bytes, json_length: int | None = None) -> Run:
-    """The WSGI callable with a request that a server has read: from the body's bytes to the answer's."""
+def in_process(_: Any, body: bytes, requests: int, json_length: int | None = None) -> Run:
+    """The WSGI callable with requests that a server has read: from the body's bytes to the answer's. Gives the last answer."""
     app = create_app(servers.folder() / "models")
     environ = {
         "REQUEST_METHOD": "POST",
@@ -29,7 +30,9 @@ def in_process(_: Any, body: bytes, json_length: int | None = None) -> Run:
         environ["HTTP_INFERENCE_HEADER_CONTENT_LENGTH"] = str(json_length)
 
     def run() -> bytes:
-        return app({**environ, "wsgi.input": io.BytesIO(body)}, lambda status, headers: None)[0]
+        for _ in repeat(None, requests):
+            answer = app({**environ, "wsgi.input": io.BytesIO(body)}, lambda status, headers: None)[0]
+        return answer
 
     return run
 
@@ -51,7 +54,8 @@ def over_http(_: Any, server: Any) -> Run:
 
 def app_group(title: str, count: int, binary: bool) -> Group:
     body, length = servers.binary_body(count) if binary else (servers.json_body(count), None)
-    contender = Contender("gdlib", partial(in_process, body=body, json_length=length))
+    requests = 10_000 // (10 if count > 1 else 1)  # some tenths of a second: shorter runs measure how a core wakes up
+    contender = Contender("gdlib", partial(in_process, body=body, requests=requests, json_length=length), work=requests)
     return Group(title, "request", [contender], check=partial(check_binary if binary else check_json, count), rounds=15)
 
 

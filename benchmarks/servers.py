@@ -169,7 +169,8 @@ def granian(constant: bool, workers: int = 2) -> Running:
     if shutil.which("granian", path=str(Path(sys.executable).parent)) is None:
         raise UnavailableError("granian is not installed")
     (port,) = free_ports(1)
-    options = ["--interface", "wsgi", "--host", "127.0.0.1", "--port", str(port), "--workers", str(workers), "--no-ws"]
+    # One blocking thread: more of them wait for each other's GIL.
+    options = ["--interface", "wsgi", "--host", "127.0.0.1", "--port", str(port), "--workers", str(workers), "--blocking-threads", "1"]
     target = "bare:application" if constant else "gdlib.serve.wsgi:application"
     command = python("-m", "granian", *options, target)
     return start(command, port, PYTHONPATH=str(ROOT), GDLIB_MODELS=str(folder() / "models"))
