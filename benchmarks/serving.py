@@ -36,7 +36,7 @@ STALLED = 200  # clients
 NOTE = f"""Made by `{COMMAND}`. The application is timed in process, from the body's bytes to the answer's; over HTTP a client keeps one
 connection on the loopback interface, and the servers take turns. MLServer computes the same linear model with NumPy.
 """
-LIMITS_NOTE = """What keeps rows from their aims: under granian the constant application takes 28 to 36 us of CPU for a request, granian's own
+LIMITS_NOTE = """What keeps rows from their aims: under granian a constant application takes 28 to 36 us of CPU for a request, granian's own
 part included. What is done for a prediction (reading JSON, checking, computing, counting, writing) takes 20 us in a warm loop, and 40 to
 60 beside other work, whose code and data push each other out of the caches; 80 % of the throughput would leave it 8 us. Tried: one blocking
 thread for each worker (84 us of CPU for a request against 106, because threads wait for each other's GIL; used), a single-threaded
