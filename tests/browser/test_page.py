@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.clients,
     pytest.mark.skipif(CHROMIUM is None, reason="the page's tests need Chromium: apt-get install chromium"),
 ]
-QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 DATA = load_diabetes()
 FACTS = {
     "feature_names": DATA.feature_names,

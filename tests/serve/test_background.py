@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from gdlib.serve.background import Background
-
-TIMEOUT = 60  # seconds until a hung test fails; nothing waits that long
+from tests.waiting import TIMEOUT
 
 
 class Counted:

@@ -11,6 +11,7 @@ import gdlib
 from gdlib.serve import create_app
 from gdlib.serve.batching import MAX_ROWS, MIN_BYTES, BatchedModel, load_batched
 from gdlib.serve.models import NativeModel
+from tests.waiting import wait_until
 
 FOREVER = 60.0  # a window that no test waits out
 
@@ -64,15 +65,6 @@ def test_requests_that_arrive_meanwhile_are_one_batch(counting: Counting, monkey
         for row, other in zip((2, 3, 4), others, strict=True):
             np.testing.assert_array_equal(other.result(), [[0, 10 * row + 1]] * 2)
     assert counting.calls == [1, 6]
-
-
-def wait_until(condition: Any) -> None:
-    pause = threading.Event()
-    for _ in range(6000):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError("the condition never came true")
 
 
 def test_an_error_is_that_of_its_request_alone(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 from gdlib.serve.app import App
 from gdlib.serve.repository import Repository
+from tests.waiting import TIMEOUT
 
 Make = Callable[[dict[str, str]], Callable[..., Any]]
 TENSOR = {"name": "input", "shape": [2, 3], "datatype": "FP64", "data": [1, 0, 0, 0, 1, 2]}
 INFER = "/v2/models/a/infer"
-TIMEOUT = 60  # seconds until a hung test fails; nothing waits that long
 
 
 def write(root: Path, place: str, content: str) -> None:

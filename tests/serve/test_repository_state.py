@@ -15,9 +15,9 @@ import pytest
 
 import gdlib
 from gdlib.serve.repository import LOADING, UNLOADED, Repository
+from tests.waiting import TIMEOUT
 
 Write = Callable[[dict[str, str]], Path]
-TIMEOUT = 60  # seconds until a hung test fails; nothing waits that long
 
 
 def write(root: Path, place: str, content: str) -> None:

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from gdlib.serve.server import Server, serve
 
 pytest.importorskip("waitress", reason="the server is an extra: pip install gdlib[serve]")
 from gdlib.serve.channels import MAX_HEADER_BYTES
+from tests.waiting import TIMEOUT, wait_until
 
 REQUEST = json.dumps({"inputs": [{"name": "input", "shape": [1, 3], "datatype": "FP64", "data": [1, 0, 0]}]})
-TIMEOUT = 60  # seconds until a hung test fails; nothing waits that long
 
 
 @pytest.fixture
@@ -48,15 +47,6 @@ def is_refused(port: int) -> bool:
     except OSError:
         return True
     return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(TIMEOUT * 100):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError("the condition never came true")
 
 
 def test_starts_on_a_free_port_answers_and_stops(app: App) -> None:

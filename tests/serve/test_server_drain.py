@@ -7,7 +7,6 @@ import select
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,9 +17,9 @@ from gdlib.serve.server import Server
 
 pytest.importorskip("waitress", reason="the server is an extra: pip install gdlib[serve]")
 from gdlib.serve import channels
+from tests.waiting import TIMEOUT, wait_until
 
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
-TIMEOUT = 60  # seconds until a hung test fails; nothing waits that long
 CLIENTS = 40
 
 
@@ -39,15 +38,6 @@ def read(client: socket.socket) -> tuple[int, str | None]:
     with response:
         assert json.loads(response.read())["live"] is True
         return response.status, response.headers["Connection"]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(TIMEOUT * 100):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError("the condition never came true")
 
 
 @pytest.mark.parametrize("room", [channels.MAX_CONNECTIONS, 3], ids=["all at once", "a few at a time"])

@@ -6,7 +6,7 @@ import json
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from gdlib.serve.server import Server
 
 pytest.importorskip("waitress", reason="the server is an extra: pip install gdlib[serve]")
 from gdlib.serve import channels
+from tests.waiting import TIMEOUT, wait_until
 
 REQUEST = json.dumps({"inputs": [{"name": "input", "shape": [1, 3], "datatype": "FP64", "data": [1, 0, 0]}]}).encode()
 INFER = b"POST /v2/models/a/infer HTTP/1.1\r\nHost: localhost\r\n"
 GET = b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n"
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
-TIMEOUT = 60  # seconds until a hung test fails; nothing waits that long
 BIG = b"x" * 24 * 2**20  # more than sockets buffer on both ends
 
 
@@ -69,15 +69,6 @@ def answers(client: socket.socket, number: int) -> list[bytes]:
 def is_alive(server: Server) -> bool:
     with connected(server, LIVE) as client:
         return answer(client)[0] == 200
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(TIMEOUT * 100):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError("the condition never came true")
 
 
 def is_closed(client: socket.socket) -> bool:
