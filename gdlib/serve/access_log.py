@@ -66,12 +66,13 @@ class RequestIds:
 
     def __init__(self) -> None:
         self._count = count(1)
+        self.forked()
+
+    def forked(self) -> None:
+        """Go on with a prefix of its own in a child process: the parent counts on with the one before."""
         self._prefix = secrets.token_hex(4)
-        self._process = os.getpid()
 
     def get(self, sent: str | None) -> str:
         if sent and _REQUEST_ID.fullmatch(sent):
             return sent
-        if os.getpid() != self._process:  # forked: the parent counts on with the same prefix
-            self._prefix, self._process = secrets.token_hex(4), os.getpid()
         return f"{self._prefix}-{next(self._count):x}"

@@ -128,7 +128,9 @@ class App:
         self._access_log = access_log
         self._metrics = metrics or Metrics()
         self._ids = RequestIds()
-        self._background = Background(watch_seconds, (repository.refresh, self._metrics.flush), (repository.forked, self._metrics.forked))
+        self._background = Background(
+            watch_seconds, (repository.refresh, self._metrics.flush), (repository.forked, self._metrics.forked, self._ids.forked)
+        )
         lost = (lambda: 0) if access_log is None else access_log.lines_lost
         self._endpoints = Endpoints(
             repository, self._metrics, keyed=keys is not None, admin=admin, max_in_flight=max_in_flight, log_lines_lost=lost

@@ -65,10 +65,12 @@ def decode(request: dict[str, Any], tail: memoryview, signature: Signature) -> I
     reader.finish()
     first = signature.inputs[0]
     rows = arrays[first.name].shape[0] if first.shape and first.shape[0] == -1 else 1
-    parameters = _optional(request, "parameters", dict, "The request's 'parameters'") or {}
-    binary = _optional(parameters, "binary_data_output", bool, "The request's 'binary_data_output'") or False
+    parameters = _optional(request, "parameters", dict, "The request's 'parameters'")
+    binary = False
+    if parameters:
+        binary = _optional(parameters, "binary_data_output", bool, "The request's 'binary_data_output'") or False
     wanted = _wanted(_optional(request, "outputs", list, "'outputs'"), binary, signature)
-    return InferRequest(arrays, rows, wanted, _identifier(request))
+    return InferRequest(arrays, rows, wanted, _identifier(request) if request.get("id") is not None else None)
 
 
 def encode(

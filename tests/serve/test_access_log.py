@@ -175,11 +175,11 @@ class TestIds:
         given = [one.get(None) for one in ids for _ in range(100)]
         assert len(set(given)) == 200
 
-    def test_a_child_does_not_repeat_those_of_its_parent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_child_does_not_repeat_those_of_its_parent(self) -> None:
         ids = RequestIds()
         parent = {ids.get(None) for _ in range(3)}
         prefix = ids.get(None).split("-")[0]
-        monkeypatch.setattr(os, "getpid", lambda: -1)
+        ids.forked()
         child = [ids.get(None) for _ in range(3)]
         assert not parent & set(child)
         assert all(not given.startswith(prefix) for given in child)
