@@ -1,6 +1,7 @@
 """The thread between requests: one in each process, that survives its tasks' failures and ends with its owner."""
 
 import gc
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -105,7 +106,7 @@ def test_it_ends_with_its_owner_however_long_it_would_wait(mine: Any) -> None:
     assert not thread.is_alive()
 
 
-def test_a_child_starts_anew(mine: Any) -> None:
+def test_a_child_starts_anew(mine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made in the parent, whether it ran there or not, and in the child's own child once more."""
     for ran in (True, False):
         forked = Counted()
@@ -114,10 +115,11 @@ def test_a_child_starts_anew(mine: Any) -> None:
         if ran:
             background.ensure()
         assert forked.runs == 0
-        for generation in (1, 2):
-            background.in_child()
-            background.ensure()
-            background.ensure()
+        for generation, process in enumerate((-1, -2), 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda process=process: process)
+                background.ensure()
+                background.ensure()
             assert forked.runs == generation
         assert len(mine()) - before == 2 + ran
         del background
