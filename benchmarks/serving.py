@@ -40,7 +40,7 @@ LIMITS_NOTE = """What keeps rows from their aims: under granian a constant appli
 part included. What is done for a prediction (reading JSON, checking, computing, counting, writing) takes 20 us in a warm loop, and 40 to
 60 beside other work, whose code and data push each other out of the caches; 80 % of the throughput would leave it 8 us. Tried: one blocking
 thread for each worker (84 us of CPU for a request against 106, because threads wait for each other's GIL; used), a single-threaded
-runtime (no gain), no garbage collection (no gain). `gdlib serve` answers such requests in its event loop, and saves handing them to a
+runtime (no gain), fewer steps in the application itself. `gdlib serve` answers such requests in its event loop, and saves handing them to a
 thread, which is why it keeps up with an application that does nothing. Times in the application are 20 and 16 us where this machine is
 undisturbed; it is shared, and 1.3 to 1.6 times as slow for minutes at a time.
 """

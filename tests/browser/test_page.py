@@ -25,10 +25,7 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the p
 pytest.importorskip("waitress", reason="the page's tests start the server")
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-pytestmark = [
-    pytest.mark.clients,
-    pytest.mark.skipif(CHROMIUM is None, reason="the page's tests need Chromium: apt-get install chromium"),
-]
+pytestmark = [pytest.mark.clients, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")]
 QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 DATA = load_diabetes()
 FACTS = {

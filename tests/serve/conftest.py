@@ -132,3 +132,9 @@ def client(models_dir: Callable[[dict[str, str]], Path]) -> Callable[[dict[str, 
         return lambda *arguments, **environ: send(app, *arguments, **environ)
 
     return make
+
+
+@pytest.fixture
+def one(client: Callable[[dict[str, str]], Client]) -> Client:
+    """A client of an application over one model, a, in one version."""
+    return client({"a/1": "{}"})

@@ -39,11 +39,6 @@ INFER = "/v2/models/a/infer"
 
 
 @pytest.fixture
-def one(client: Make) -> Callable[..., Any]:
-    return client({"a/1": "{}"})
-
-
-@pytest.fixture
 def several(client: Make) -> Callable[..., Any]:
     names = json.dumps({"feature_names": ["x", "y", "z"], "dtype": "float32"})
     return client({"a/1": "{}", "a/2": names, "bad/1": "{}", "bad/2": "broken"})

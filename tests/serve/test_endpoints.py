@@ -27,11 +27,6 @@ def write(root: Path, place: str, content: str) -> None:
 
 
 @pytest.fixture
-def one(client: Make) -> Callable[..., Any]:
-    return client({"a/1": "{}"})
-
-
-@pytest.fixture
 def several(client: Make) -> Callable[..., Any]:
     names = json.dumps({"feature_names": ["x", "y", "z"], "dtype": "float32"})
     return client({"a/1": "{}", "a/2": names, "bad/1": "{}", "bad/2": "broken", "none/1": "broken"})

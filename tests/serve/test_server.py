@@ -219,7 +219,9 @@ def test_stalled_bodies_hold_no_thread(app: App) -> None:
             client.close()
 
 
-def test_close_finishes_the_request_in_flight(app: App, fake_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def held(fake_model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Predictions set the first event, and wait for the second."""
     entered, leave = threading.Event(), threading.Event()
     predict = fake_model.predict
 
@@ -229,6 +231,11 @@ def test_close_finishes_the_request_in_flight(app: App, fake_model: Any, monkeyp
         return predict(self, x)
 
     monkeypatch.setattr(fake_model, "predict", slow)
+    return entered, leave
+
+
+def test_close_finishes_the_request_in_flight(app: App, held: tuple[threading.Event, threading.Event]) -> None:
+    entered, leave = held
     with Server(app, port=0) as server:
         idle, busy = connect(server), connect(server)
         assert ask(idle, "GET", "/v2")[0] == 200
@@ -268,17 +275,11 @@ def test_in_its_grace_a_server_answers_but_is_not_ready(app: App) -> None:
     assert is_refused(server.port)
 
 
-def test_more_requests_than_may_wait_are_told_to_come_again(app: App, fake_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_requests_than_may_wait_are_told_to_come_again(
+    app: App, held: tuple[threading.Event, threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gdlib.serve.channels.MAX_QUEUED", 2)
-    entered, leave = threading.Event(), threading.Event()
-    predict = fake_model.predict
-
-    def slow(self: Any, x: Any) -> Any:
-        entered.set()
-        leave.wait(TIMEOUT)
-        return predict(self, x)
-
-    monkeypatch.setattr(fake_model, "predict", slow)
+    entered, leave = held
     with Server(app, port=0, threads=1) as server:
         clients = [connect(server) for _ in range(6)]
         for waiting, client in enumerate(clients):
