@@ -1,4 +1,4 @@
-// Scratch memory on cache-line boundaries.
+// Scratch memory on cache-line boundaries, and on huge pages where it is large.
 #pragma once
 
 #include <cstddef>
@@ -7,15 +7,18 @@
 
 namespace gdlib {
 
+// Throws std::bad_alloc.
+void* allocate_aligned(std::size_t bytes);
+void deallocate_aligned(void* memory, std::size_t bytes);
+
 template <class T>
 struct CacheAligned {
   using value_type = T;
-  static constexpr std::align_val_t line{64};
   CacheAligned() = default;
   template <class U>
   CacheAligned(const CacheAligned<U>&) {}
-  T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), line)); }
-  void deallocate(T* p, std::size_t) { ::operator delete(p, line); }
+  T* allocate(std::size_t n) { return static_cast<T*>(allocate_aligned(n * sizeof(T))); }
+  void deallocate(T* p, std::size_t n) { deallocate_aligned(p, n * sizeof(T)); }
   // Leaves new elements as they are: scratch is written before it is read.
   template <class U>
   void construct(U* p) { ::new (static_cast<void*>(p)) U; }

@@ -5,25 +5,19 @@
 namespace gdlib {
 namespace {
 
-std::size_t ask([[maybe_unused]] int name, std::size_t otherwise) {
-  const long bytes = sysconf(name);
-  return bytes > 0 ? static_cast<std::size_t>(bytes) : otherwise;
-}
-
-CacheSizes ask_all() {
-  constexpr std::size_t least_l1 = 32 << 10, least_l2 = 256 << 10;
-#if defined(_SC_LEVEL1_DCACHE_SIZE) && defined(_SC_LEVEL2_CACHE_SIZE)
-  return {ask(_SC_LEVEL1_DCACHE_SIZE, least_l1), ask(_SC_LEVEL2_CACHE_SIZE, least_l2)};
-#else
-  return {least_l1, least_l2};
+std::size_t ask() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return static_cast<std::size_t>(bytes);
 #endif
+  return 256 << 10;
 }
 
 }  // namespace
 
-const CacheSizes& cache_sizes() {
-  static const CacheSizes sizes = ask_all();
-  return sizes;
+std::size_t l2_bytes() {
+  static const std::size_t bytes = ask();
+  return bytes;
 }
 
 }  // namespace gdlib

@@ -112,7 +112,7 @@ double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, co
   const std::size_t in = shape.in_features, out = shape.out_features, n = shape.parameters();
   const bool in_tasks = n <= most_partial;
   // Rows of a block: with outputs and targets a fourth of L2, or for large layers enough to share out among threads.
-  const std::size_t fitting = cache_sizes().l2 / 4 / ((in + 2 * out) * sizeof(T)) / 8 * 8;
+  const std::size_t fitting = l2_bytes() / 4 / ((in + 2 * out) * sizeof(T)) / 8 * 8;
   const std::size_t block_rows = std::min(batch.rows, in_tasks ? std::clamp<std::size_t>(fitting, 32, 256) : std::size_t{512});
   const std::size_t memory = block_rows * (2 * out + (batch.index ? in : 0));
   const std::size_t task_rows = in_tasks ? rows_per_task(in, out, sizeof(T)) : batch.rows;
