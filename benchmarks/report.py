@@ -120,6 +120,7 @@ def main() -> None:
     if any(pin in os.environ for pin in PINS):  # read when NumPy is loaded, so that only a new process can be without them
         print(f"starting again without {' and '.join(PINS)}", flush=True)
         os.execve(sys.executable, sys.orig_argv, {name: value for name, value in os.environ.items() if name not in PINS})
+    options.output.mkdir(parents=True, exist_ok=True)
     begin, products, load = time.perf_counter(), blas(), os.getloadavg()[0]
     results = run(GROUPS, lambda group: QUICK_ROUNDS if options.quick else group.rounds)
     text = page(results, products, load, "![{what}](benchmarks-{name}.svg)")

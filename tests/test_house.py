@@ -57,7 +57,7 @@ PYTHON = {
 SERVE = {
     "tensors": set(),
     "parsing": {"tensors"},
-    "protocol": {"tensors"},
+    "protocol": {"parsing", "tensors"},
     "models": {"protocol", "tensors"},
     "batching": {"models"},
     "onnx": {"models", "protocol", "tensors"},

@@ -15,7 +15,7 @@ from gdlib.serve.exchange import BINARY, Answer, Exchange, HTTPError
 from gdlib.serve.keys import ADMIN, METRICS
 from gdlib.serve.metrics import Metrics, Record, in_order, prometheus_text
 from gdlib.serve.models import ServedModel
-from gdlib.serve.parsing import parse_header, parse_json, parse_request
+from gdlib.serve.parsing import parse_json, parse_request
 from gdlib.serve.protocol import UnsupportedError
 from gdlib.serve.repository import ModelVersion, Repository, StateError
 from gdlib.serve.tensors import ProtocolError, checked, shorten
@@ -152,7 +152,7 @@ class Endpoints:
             if json_length == len(body):
                 request = protocol.decode(parse_request(body), _NO_TAIL, model.signature)
             else:
-                request = protocol.decode(parse_header(body[:json_length]), memoryview(body)[json_length:], model.signature)
+                request = protocol.decode_binary(body[:json_length], memoryview(body)[json_length:], model.signature)
             read = perf_counter_ns()
             arrays = model.predict(request.arrays)
             computed = perf_counter_ns()

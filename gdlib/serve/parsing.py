@@ -6,7 +6,6 @@ exact parser reads again and judges. All give the same values for the same reque
 
 import json
 import threading
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ _KEPT = 2**20  # bytes; a parser's buffers are some 11 times the longest body th
 _MAX_DEPTH = 500  # arrays in a short body, and so its depth at most; the exact parser reaches about 900
 _MAX_KEYS, _MAX_PARTS = 64, 10_000  # of one object, and objects and arrays beside `data`: simdjson's are slow, and looked up one by one
 _KINDS = {"f": ("d", np.float64), "i": ("i", np.int64), "u": ("u", np.uint64)}  # of simdjson's buffers, by NumPy's kinds
-_HEADERS, _MAX_HEADER = 256, 1024  # that are remembered, and bytes of each
 _parsers = threading.local()  # a parser keeps its buffers from one request to the next
 
 
@@ -48,11 +46,6 @@ def parse_request(body: bytes) -> dict[str, Any]:
     """The inference request in `body`, as `parse_json` gives it, but that `data` of numbers may be arrays. Raises ProtocolError."""
     request = _parse_fast(body)
     return parse_json(body) if request is None else request
-
-
-def parse_header(body: bytes) -> dict[str, Any]:
-    """The same for the JSON part of a binary request, which clients send again and again: it is not to be changed."""
-    return _remember(body) if len(body) <= _MAX_HEADER else parse_request(body)
 
 
 def _parse_fast(body: bytes) -> dict[str, Any] | None:
@@ -170,6 +163,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("an object holds the same key twice")
     return result
-
-
-_remember = lru_cache(_HEADERS)(parse_request)

@@ -28,7 +28,7 @@ from gdlib.serve.app import App
 from gdlib.serve.bodies import read_body
 from gdlib.serve.exchange import HTTPError
 from gdlib.serve.parsing import parse_json, parse_request
-from gdlib.serve.protocol import InferRequest, Signature, UnsupportedError, decode, encode
+from gdlib.serve.protocol import InferRequest, Signature, UnsupportedError, decode, decode_binary, encode
 from gdlib.serve.repository import Repository
 from gdlib.serve.tensors import DTYPES, ProtocolError
 
@@ -77,7 +77,8 @@ class Fuzzer:
             tail = memoryview(body)[json_length:]
             if compare:
                 _compare(body[:json_length], tail, signature)
-            request = decode(parse_request(body[:json_length]), tail, signature)
+            header = body[:json_length]
+            request = decode_binary(header, tail, signature) if tail else decode(parse_request(header), tail, signature)
             arrays = MODELS[case.model].predict(request.arrays)
             answer, length = encode(case.model, "1", arrays, request.outputs, request.identifier)
         except (ProtocolError, HTTPError) as error:

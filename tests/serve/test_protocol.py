@@ -1,5 +1,6 @@
 """Inference requests: one input or several, in JSON and binary, whole or by feature."""
 
+import json
 import math
 import struct
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gdlib.serve.protocol import InferRequest, Signature, decode, places
+from gdlib.serve.protocol import MAX_HEADER, MAX_PLANS, InferRequest, Signature, decode, decode_binary, places
 from gdlib.serve.tensors import BF16, BYTES, NUMERIC, ProtocolError, TensorSpec, check_finite
 
 FEATURES = ["age", "size", "a:b[c"]
 ONE = Signature((TensorSpec("input", "FP64", (-1, 3)),), (TensorSpec("output", "FP64", (-1, 1)),))
-NAMED = ONE._replace(feature_names=FEATURES)
+NAMED = Signature(ONE.inputs, ONE.outputs, FEATURES)
 TWO = Signature(
     (TensorSpec("x", "FP32", (-1, 2)), TensorSpec("flag", "BOOL", (-1,)), TensorSpec("word", BYTES, ())),
     (TensorSpec("y", "FP32", (-1,)), TensorSpec("z", BYTES, (-1,))),
@@ -57,7 +58,7 @@ class TestOneInput:
     @pytest.mark.parametrize("datatype", [name for name in NUMERIC if name not in ("FP16",)])
     @pytest.mark.parametrize("wanted", ["FP32", "FP64"])
     def test_json_and_binary_give_the_same(self, datatype: str, wanted: str) -> None:
-        signature = ONE._replace(inputs=(TensorSpec("input", wanted, (-1, 3)),))
+        signature = Signature((TensorSpec("input", wanted, (-1, 3)),), ONE.outputs)
         values = (np.arange(6).reshape(2, 3) % 2).astype(NUMERIC[datatype])
         in_json = read({"inputs": [tensor(datatype=datatype, data=values.tolist())]}, signature=signature)
         in_binary = read(*split((tensor(datatype=datatype), values.tobytes())), signature)
@@ -78,7 +79,7 @@ class TestOneInput:
 
     @pytest.mark.parametrize(("given", "wanted"), [("FP32", "FP64"), ("FP64", "FP32"), ("FP32", "FP32")])
     def test_overflow_of_either_type_is_named(self, given: str, wanted: str) -> None:
-        signature = NAMED._replace(inputs=(TensorSpec("input", wanted, (-1, 3)),))
+        signature = Signature((TensorSpec("input", wanted, (-1, 3)),), NAMED.outputs, FEATURES)
         with pytest.raises(ProtocolError, match=f"^Row 0, feature 'size' is infinite, or too large for {wanted}"):
             read({"inputs": [tensor(shape=(1, 3), datatype=given, data=[1, 1e39, 3])]}, signature=signature)
 
@@ -113,7 +114,7 @@ class TestOneInput:
             read(request(data), signature=NAMED)
 
     def test_integers_into_a_smaller_integer(self) -> None:
-        signature = ONE._replace(inputs=(TensorSpec("input", "INT8", (-1, 3)),))
+        signature = Signature((TensorSpec("input", "INT8", (-1, 3)),), ONE.outputs)
         assert read({"inputs": [tensor(shape=(1, 3), datatype="UINT64", data=[1, 2, 127])]}, signature=signature).rows == 1
         for data in ([1, 128, 300], [1, 2**64 - 1, 0]):
             with pytest.raises(ProtocolError, match=r"^Row 0, feature 1 is outside -128\.\.127, the range of INT8\.$"):
@@ -244,6 +245,58 @@ class TestTheTail:
                 read({"inputs": [tensor(data=data, binary_data_size=48)]}, bytes(48))
 
 
+class TestPlans:
+    """What is remembered of the JSON parts of binary requests."""
+
+    @staticmethod
+    def header(**more: Any) -> bytes:
+        return json.dumps({"inputs": [tensor(shape=[1, 3], binary_data_size=24)], **more}).encode()
+
+    @pytest.fixture
+    def signature(self) -> Signature:
+        return Signature(ONE.inputs, ONE.outputs)
+
+    def test_a_header_that_comes_again_gives_the_new_values(self, signature: Signature) -> None:
+        for values in ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]):
+            decoded = decode_binary(self.header(id="a"), memoryview(np.array(values).tobytes()), signature)
+            assert decoded.arrays["input"].tolist() == [values]
+            assert (decoded.rows, decoded.outputs, decoded.identifier) == (1, [("output", False)], "a")
+        assert signature.plan_header.cache_info().hits == 1
+
+    def test_each_tail_is_measured(self, signature: Signature) -> None:
+        decode_binary(self.header(), memoryview(bytes(24)), signature)
+        with pytest.raises(ProtocolError, match="Fewer bytes"):
+            decode_binary(self.header(), memoryview(bytes(23)), signature)
+        with pytest.raises(ProtocolError, match="More bytes"):
+            decode_binary(self.header(), memoryview(bytes(25)), signature)
+
+    def test_values_beside_the_tail_are_read_each_time(self) -> None:
+        described, tail = split((tensor("age", [2]), struct.pack("<2d", 1, 2)), (tensor("size", [2], data=[3, None]), None))
+        described["inputs"].append(tensor(FEATURES[2], [2, 1], data=[5, 6]))
+        signature = Signature(ONE.inputs, ONE.outputs, FEATURES)
+        for _ in range(2):
+            x = decode_binary(json.dumps(described).encode(), memoryview(tail), signature).arrays["input"]
+            np.testing.assert_array_equal(x, [[1, 3, 5], [2, NAN, 6]])
+            x[:] = 0
+
+    def test_what_is_wrong_or_long_is_not_remembered(self, signature: Signature) -> None:
+        for _ in range(2):
+            with pytest.raises(ProtocolError, match="not valid JSON"):
+                decode_binary(b"{", memoryview(bytes(24)), signature)
+        decode_binary(self.header(parameters={"note": "n" * MAX_HEADER}), memoryview(bytes(24)), signature)
+        assert signature.plan_header.cache_info().currsize == 0
+
+    def test_so_many_are_remembered(self, signature: Signature) -> None:
+        for number in range(MAX_PLANS + 9):
+            decode_binary(self.header(id=str(number)), memoryview(bytes(24)), signature)
+        assert signature.plan_header.cache_info().currsize == MAX_PLANS
+
+    def test_the_first_input_without_its_bytes_is_named(self) -> None:
+        described, tail = split((tensor("age", [2]), bytes(16)), (tensor("size", [2]), bytes(16)), (tensor(FEATURES[2], [2]), bytes(16)))
+        with pytest.raises(ProtocolError, match="Input 'size': Fewer bytes"):
+            read(described, tail[:20], NAMED)
+
+
 class TestFeatures:
     """One input for each feature, by its name."""
 
@@ -312,7 +365,7 @@ class TestFeatures:
 
     def test_many_unknown_names_are_cut(self) -> None:
         parts = [(tensor(f"name{i}", (1,), "FP64", [1]), None) for i in range(20_000)]
-        signature = NAMED._replace(feature_names=["age", *(f"f{i}" for i in range(2_000))])
+        signature = Signature(NAMED.inputs, NAMED.outputs, ["age", *(f"f{i}" for i in range(2_000))])
         with pytest.raises(ProtocolError, match="lacks 'f0', ") as caught:
             read(*split(*parts, (tensor("age", (1,), "FP64", [1]), None)), signature)
         assert len(str(caught.value)) < 400
