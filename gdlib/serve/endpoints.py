@@ -15,14 +15,13 @@ from gdlib.serve.exchange import BINARY, Answer, Exchange, HTTPError
 from gdlib.serve.keys import ADMIN, METRICS
 from gdlib.serve.metrics import Metrics, Record, in_order, prometheus_text
 from gdlib.serve.models import ServedModel
-from gdlib.serve.parsing import parse_json, parse_request
+from gdlib.serve.parsing import parse_json
 from gdlib.serve.protocol import UnsupportedError
 from gdlib.serve.repository import ModelVersion, Repository, StateError
 from gdlib.serve.tensors import ProtocolError, checked, shorten
 
 EXTENSIONS = ["binary_tensor_data", "model_repository", "statistics", "model_configuration", "parameters"]
 RETRY_AFTER = ("Retry-After", "1")  # seconds
-_NO_TAIL = memoryview(b"")
 
 
 class Endpoints:
@@ -150,7 +149,7 @@ class Endpoints:
             body, json_length = read_body(exchange.environ)
             exchange.bytes_in = len(body)
             if json_length == len(body):
-                request = protocol.decode(parse_request(body), _NO_TAIL, model.signature)
+                request = protocol.decode_json(body, model.signature)
             else:
                 request = protocol.decode_binary(body[:json_length], memoryview(body)[json_length:], model.signature)
             read = perf_counter_ns()

@@ -8,6 +8,7 @@ extension for `binary_data_size`, `binary_data` and `binary_data_output`.
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -17,11 +18,13 @@ import orjson
 from numpy.typing import NDArray
 
 from gdlib.serve import tensors
-from gdlib.serve.parsing import parse_request
+from gdlib.serve.parsing import parse_request, split_data
 from gdlib.serve.tensors import DTYPES, ProtocolError, TensorSpec, Where, checked, shorten
 
 MAX_PLANS, MAX_HEADER = 64, 1024  # remembered for each model, and bytes of the JSON part of each
 _UNSUPPORTED = {"shared_memory_region": "shared memory", "classification": "the classification extension"}
+
+_NO_TAIL = memoryview(b"")
 
 
 class UnsupportedError(ProtocolError):
@@ -39,7 +42,7 @@ class Signature:
         self.specs = {spec.name: spec for spec in inputs}
         self.where = {spec.name: places(spec, feature_names) for spec in inputs}
         self.features = frozenset(feature_names or ())
-        # Clients send the JSON part of a binary request again and again: planned once, it saves a third of the time of a request.
+        # Clients send all but the values again and again: planned once, it saves a quarter of the time of a request.
         self.plan_header = lru_cache(MAX_PLANS)(lambda header: plan(parse_request(header), self))
 
 
@@ -58,8 +61,21 @@ def decode(request: dict[str, Any], tail: memoryview, signature: Signature) -> I
     return plan(request, signature).read(tail)
 
 
+def decode_json(body: bytes, signature: Signature) -> InferRequest:
+    """The same for a request in JSON. Most have one flat `data`, and around it what others have had before."""
+    parts = split_data(body)
+    if parts is not None and len(parts[0]) <= MAX_HEADER:
+        with suppress(ProtocolError):  # whatever is wrong, the exact parser says it
+            planned = signature.plan_header(parts[0])
+            sent = planned.tensors[0]
+            if sent.data == [] and sent.size is None and len(planned.tensors) == 1 and planned.stacked is None:
+                array = tensors.convert(tensors.from_json(parts[1], sent.datatype, sent.shape, sent.where), sent.spec, sent.where)
+                return InferRequest({sent.spec.name: array}, planned.rows, planned.outputs, planned.identifier)
+    return decode(parse_request(body), _NO_TAIL, signature)
+
+
 def decode_binary(header: bytes, tail: memoryview, signature: Signature) -> InferRequest:
-    """The same for a request whose JSON part has not been parsed yet."""
+    """The same for a request whose binary tensors follow its JSON part, the header."""
     planned = signature.plan_header(header) if len(header) <= MAX_HEADER else plan(parse_request(header), signature)
     return planned.read(tail)
 

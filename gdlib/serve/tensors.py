@@ -30,6 +30,7 @@ _CONVERTIBLE = {"f": "biuf", "i": "biu", "u": "biu", "b": "b", "O": "O"}  # NumP
 MAX_CONVERTED_BYTES = 2**27  # of a tensor in the model's datatype, which may be eight times as wide as that which was sent
 _LITTLE = sys.byteorder == "little"
 _MAX_SIZE = 2**40  # of one axis and of their product: far above any limit on the body, far below what overflows
+_NUMBERS = {int, float, type(None)}
 _JSON_TYPES: dict[type, str] = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 
 Where = Callable[[int], str]  # the words for the value at a flat index
@@ -176,7 +177,7 @@ def to_json(array: NDArray[Any], name: str) -> Any:
             raise ProtocolError(f"A value is not UTF-8 text, and JSON has no form for it: {_ask_binary(name)}") from None
     if array.dtype == np.float16:
         raise ProtocolError(f"FP16 has no form in JSON: {_ask_binary(name)}")
-    return np.ascontiguousarray(array).reshape(-1)
+    return array.ravel()
 
 
 def check_json(array: NDArray[Any], name: str) -> None:
@@ -245,7 +246,7 @@ def _integers(values: list[Any], dtype: np.dtype[Any], where: Where) -> NDArray[
 
 
 def _floats(values: list[Any], dtype: np.dtype[Any], where: Where) -> NDArray[Any]:
-    types = _check_types(values, {int, float, type(None)}, where, "a number")
+    types = _check_types(values, _NUMBERS, where, "a number")
     if type(None) in types:  # two widely used clients write NaN as null
         values = [math.nan if value is None else value for value in values]
     try:

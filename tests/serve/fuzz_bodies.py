@@ -28,7 +28,7 @@ from gdlib.serve.app import App
 from gdlib.serve.bodies import read_body
 from gdlib.serve.exchange import HTTPError
 from gdlib.serve.parsing import parse_json, parse_request
-from gdlib.serve.protocol import InferRequest, Signature, UnsupportedError, decode, decode_binary, encode
+from gdlib.serve.protocol import InferRequest, Signature, UnsupportedError, decode, decode_binary, decode_json, encode
 from gdlib.serve.repository import Repository
 from gdlib.serve.tensors import DTYPES, ProtocolError
 
@@ -78,7 +78,7 @@ class Fuzzer:
             if compare:
                 _compare(body[:json_length], tail, signature)
             header = body[:json_length]
-            request = decode_binary(header, tail, signature) if tail else decode(parse_request(header), tail, signature)
+            request = decode_binary(header, tail, signature) if tail else decode_json(header, signature)
             arrays = MODELS[case.model].predict(request.arrays)
             answer, length = encode(case.model, "1", arrays, request.outputs, request.identifier)
         except (ProtocolError, HTTPError) as error:
@@ -116,9 +116,9 @@ def _app(root: Path) -> App:
     return App(Repository(root, {"model.safetensors": lambda path: MODELS[path.parts[-3]]}), watch_seconds=3600)
 
 
-def _outcome(parse: Callable[[bytes], Any], body: bytes, tail: memoryview, signature: Signature) -> Any:
+def _outcome(read: Callable[[], InferRequest]) -> Any:
     try:
-        request = decode(parse(body), tail, signature)
+        request = read()
     except ProtocolError as error:
         return str(error)
     arrays = {
@@ -129,8 +129,12 @@ def _outcome(parse: Callable[[bytes], Any], body: bytes, tail: memoryview, signa
 
 
 def _compare(body: bytes, tail: memoryview, signature: Signature) -> None:
-    fast, exact = (_outcome(parse, body, tail, signature) for parse in (parse_request, parse_json))
+    exact = _outcome(lambda: decode(parse_json(body), tail, signature))
+    fast = _outcome(lambda: decode(parse_request(body), tail, signature))
     assert fast == exact, f"the parsers disagree: {fast} and {exact}"
+    for _ in range(2):  # planned, and remembered
+        again = _outcome(lambda: decode_binary(body, tail, signature) if tail else decode_json(body, signature))
+        assert again == exact, f"what is remembered changes a request: {again} and {exact}"
 
 
 def _check_text(text: str) -> None:

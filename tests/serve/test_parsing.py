@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gdlib.serve import parsing
-from gdlib.serve.parsing import MAX_CONTAINERS, SHORT, parse_json, parse_request
-from gdlib.serve.protocol import Signature, decode
+from gdlib.serve.parsing import MAX_CONTAINERS, SHORT, parse_json, parse_request, split_data
+from gdlib.serve.protocol import InferRequest, Signature, decode, decode_json
 from gdlib.serve.tensors import BYTES, ProtocolError, TensorSpec
 
 MIB = 2**20
@@ -45,10 +45,18 @@ def longer(body: bytes) -> bytes:
     return body + b" " * SHORT
 
 
-def outcome(parse: Callable[[bytes], Any], body: bytes, signature: Signature) -> Any:
+def exactly(body: bytes, signature: Signature) -> InferRequest:
+    return decode(parse_json(body), memoryview(b""), signature)
+
+
+def fast(body: bytes, signature: Signature) -> InferRequest:
+    return decode(parse_request(body), memoryview(b""), signature)
+
+
+def outcome(read: Callable[[bytes, Signature], InferRequest], body: bytes, signature: Signature) -> Any:
     """All that can be told of a request: its arrays to the bit, or the words that refuse it."""
     try:
-        request = decode(parse(body), memoryview(b""), signature)
+        request = read(body, signature)
     except ProtocolError as error:
         return type(error), str(error)
     arrays = {name: (a.dtype, a.shape, a.tolist() if a.dtype == object else a.tobytes()) for name, a in request.arrays.items()}
@@ -58,7 +66,10 @@ def outcome(parse: Callable[[bytes], Any], body: bytes, signature: Signature) ->
 def agree(body: bytes) -> None:
     for whole in (body, longer(body)):
         for signature in SIGNATURES:
-            assert outcome(parse_request, whole, signature) == outcome(parse_json, whole, signature)
+            wanted = outcome(exactly, whole, signature)
+            assert outcome(fast, whole, signature) == wanted
+            for _ in range(2):  # planned, and remembered
+                assert outcome(decode_json, whole, signature) == wanted
 
 
 def takes_fast(body: bytes) -> bool:
@@ -235,6 +246,56 @@ def mutated(draw: Any) -> bytes:
         piece = draw(st.binary(max_size=3) | st.sampled_from(list(b'{}[]:,"\\0-.eE')).map(lambda c: bytes([c])))
         text = text[:at] + piece + text[at + length :]
     return text
+
+
+class TestSplitData:
+    """A short request without its values, which are parsed alone."""
+
+    @pytest.mark.parametrize("data", ["[1,2.5,-3e2]", "[ 1 , 2 ]", "[]", '["a","b"]', "[true,null]"])
+    def test_takes_the_values_out(self, data: str) -> None:
+        parts = split_data(body_of(data))
+        assert parts == (body_of("[]"), json.loads(data))
+
+    def test_space_stays_where_it_is(self) -> None:
+        assert split_data(b'{"data" : [1] , "a": 2}') == (b'{"data" : [] , "a": 2}', [1])
+
+    @pytest.mark.parametrize("data", ["[[1,2]]", "[NaN]", '["]"]', "[1", "1", "null", "[1,]", '"[1]"'])
+    def test_leaves_other_values(self, data: str) -> None:
+        assert split_data(body_of(data)) is None
+
+    def test_leaves_a_request_without_data_and_a_long_one(self) -> None:
+        assert split_data(b'{"inputs":[]}') is None
+        assert split_data(longer(body_of())) is None
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            body_of(request=',"id":"\\"data\\":[1,2]"'),  # within a string
+            body_of(request=',"id":"data"'),
+            body_of(request=',"outputs":[{"name":"output","parameters":{"data":[7]}}]'),  # another's
+            body_of(request=',"parameters":{"x\\"data":[7]}'),  # a key that ends so
+            body_of(tensor=',"data":[9,9,9,9,9,9]'),  # twice
+            body_of(request=',"inputs":[]'),  # a key twice around it
+            body_of(request=',"note":"x"data":[1]'),
+            body_of() + b"]",
+            body_of()[:-1],
+            b"\xff" + body_of(),
+            body_of(request=',"id":"\\ud800"'),
+            body_of("[1,2,3,4,5,6]", "[6]"),
+            body_of("[1,2,3]"),
+            body_of("[1,2,3,4,5,1e400]"),
+            body_of("[1,2,3,4,5,18446744073709551616]", datatype="UINT64"),
+        ],
+    )
+    def test_traps(self, body: bytes) -> None:
+        agree(body)
+
+    def test_one_plan_serves_all_values(self) -> None:
+        signature = Signature((SPECS["FP64"],), OUTPUT)
+        for number in range(5):
+            read = decode_json(body_of(f"[{number},2,3,4,5,6]"), signature)
+            assert read.arrays["input"].tolist() == [[number, 2, 3], [4, 5, 6]]
+        assert signature.plan_header.cache_info()[:2] == (4, 1)  # hits, misses
 
 
 class TestNoBodyDividesThem:
