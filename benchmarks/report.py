@@ -51,23 +51,26 @@ FMA peak of {machine.plural(machine.THREADS)}, for 13-64-64-1 of one.
 """
 THREADS_NOTE = """The limit is the FMA peak, for the largest descent the read bandwidth: what the machine itself gains by its threads.
 """
-LIMITS_NOTE = """What keeps the rows marked "no" from their aims, and what was tried; the figures come from runs of the single works.
+LIMITS_NOTE = """What keeps the rows marked "no" from their aims, and what was tried; the figures come from runs of the single works, on this machine
+unless another is named. It is shared: for minutes at a time everything is 1.3 to 1.6 times as slow, single calls too.
 
-- Gradient descent, share of the bandwidth: a core waits for memory while it folds the 64 KB of rows that it has just read from its L2.
-  One core alone reads 36 of 43 GB/s at 100 features, 35 at 1,000. Tried: prefetch to L1, L2 and past the caches (the last is used, +3 %);
-  the next block's prefetch split between the two passes (25-28 GB/s against 36); 4, 8 and 16 rows fused into one pass (35 at best); the
-  dot product of one row fused with the gradient of the row before (20). Without any prefetch, -20 %.
-- Gradient descent beside NumPy: NumPy reads X twice and reaches 45 to 60 % of the bandwidth with that, so that one pass at the full
-  bandwidth would be 1.7 to 2.2 times as fast; 3 times cannot be had. The same holds for PyTorch where memory is slow for one core.
-- 2048^3: alone, products reach 92 to 95 % of the FMA peak; the weight gradient 86 %, because its columns lie a power of two apart and
-  are copied before they are used. Tried for it: strips of 8 to 32 tiles (2 % either way), prefetch of the result (no change), panels in
-  pairs instead of fours (+1 % on one thread, -10 % on two).
-- The least of products, networks and threads: works of some 10 us to 1 ms whose second core is taken away for milliseconds now and then.
-  The least of 34 products moves between 0.8 and 0.95 from run to run, each time with another product; a row of 4096 weights is bound
-  by memory on both sides. Tried: a team of threads that is not waited for (used), longer rests between contenders, other block sizes.
-- One machine is not another: on a Zen 4 with a third of the bandwidth (12 GB/s for one core) and half of the FMA peak the same code is
-  12x scikit-learn, 6.9x JAX and 2,800x PyTorch in the reference program, 5.4x and 7.4x scikit-learn in SGD epochs, which memory then bounds
-  (73 % of one core's bandwidth), 1.15x BLAS in products and 1.24x in networks.
+- Gradient descent, 1,000 features, share of the bandwidth: a core can wait for some 24 lines that its own instructions asked for, which is
+  16 GB/s here; only the prefetcher of its L2, which follows reading in order, keeps more on their way (28 GB/s). Up to 256 features rows
+  are therefore read in order (21 GB/s for one core, 28 to 30 of 32 for two); a block of wider ones is beyond L1, and its gradient then
+  waits for L2 (17 and 25 GB/s either way). Tried for it: blocks of 4 rows, which fit L1 (15), requests past the caches (12), to L1 (12 to
+  14), to L2 (17, used), in the order of memory, split between both passes, for the first rows alone, 2 and 4 chains a row (all within 5 %).
+- The same beside NumPy: its two passes over 1,000 features reach 24 of 32 GB/s, so that one at the full bandwidth would be 2.6 times as
+  fast: 3 times cannot be had. The same holds for PyTorch there.
+- 2048^3: one core alone reaches 90 % of the FMA peak forward and 89 % in the gradients, two 85 to 92 %; 96 % of the time is spent in the
+  tile. Tried: rows of the left operand copied (6 to 13 % slower, no longer done), strips of copied columns as deep as others (5 % faster,
+  used), blocks of depth of 1, 2, 4 and 8 KiB, shared blocks of 0.5, 2 and 4 MiB, groups of 4, 8 and 16 tiles (within 3 % of the best),
+  requests for the panel 8 and 16 steps ahead (5 % slower).
+- Networks: from 784-512-10 up 86 to 92 % of the FMA peak is reached, and JAX reaches 71 to 83 %: 1.03 to 1.28 is what lies between them.
+- The least of products, and threads: works of some 50 us to 1 ms whose second core is taken away for milliseconds now and then. The least
+  of 32 products was 0.953, 0.949 and 0.947 in three runs, each time another product. Tried: a team of threads that is not waited for
+  (used), huge pages for what is packed (a row of 4096 weights from 0.85 to 1.05; used), longer rests between contenders, other block sizes.
+- One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, and before the three changes above that say "used",
+  the code was 13.9x scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
 """
 SCALING_NOTE = """The exponent is the slope of the straight line through the logarithms of cost and size: 1 is proportional, -1 for threads.
 Few threads give few points, which a line meets exactly: no R^2. Sizes begin where the work is more than the call.

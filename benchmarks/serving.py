@@ -37,12 +37,13 @@ NOTE = f"""Made by `{COMMAND}`. The application is timed in process, from the bo
 connection on the loopback interface, and the servers take turns. MLServer computes the same linear model with NumPy.
 """
 LIMITS_NOTE = """What keeps rows from their aims: under granian a constant application takes 28 to 36 us of CPU for a request, granian's own
-part included. What is done for a prediction (reading JSON, checking, computing, counting, writing) takes 20 us in a warm loop, and 40 to
-60 beside other work, whose code and data push each other out of the caches; 80 % of the throughput would leave it 8 us. Tried: one blocking
-thread for each worker (84 us of CPU for a request against 106, because threads wait for each other's GIL; used), a single-threaded
-runtime (no gain), fewer steps in the application itself. `gdlib serve` answers such requests in its event loop, and saves handing them to a
-thread, which is why it keeps up with an application that does nothing. Times in the application are 20 and 16 us where this machine is
-undisturbed; it is shared, and 1.3 to 1.6 times as slow for minutes at a time.
+part included. What is done for a prediction (reading JSON, checking, computing, counting, writing) takes 14 us in a warm loop, and more
+beside other work, whose code and data push each other out of the caches; 80 % of the throughput would leave it some 8 us. Rounds of it
+lie between 65 and 100 % on two cores that the client shares, their medians between 69 and 77 %. Tried: requests planned once and only
+their values read each time (20 -> 14 us, 56 -> 76 %; used), answers from a remembered frame (0.7 us less, no more throughput), one
+blocking thread for each worker (84 us of CPU for a request against 106, because threads wait for each other's GIL; used), a single-threaded
+runtime (no gain). `gdlib serve` answers such requests in its event loop, and saves handing them to a thread, which is why it keeps up with
+an application that does nothing. This machine is shared, and 1.3 to 1.6 times as slow for minutes at a time.
 """
 
 

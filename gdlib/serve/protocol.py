@@ -8,7 +8,6 @@ extension for `binary_data_size`, `binary_data` and `binary_data_output`.
 """
 
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -65,12 +64,14 @@ def decode_json(body: bytes, signature: Signature) -> InferRequest:
     """The same for a request in JSON. Most have one flat `data`, and around it what others have had before."""
     parts = split_data(body)
     if parts is not None and len(parts[0]) <= MAX_HEADER:
-        with suppress(ProtocolError):  # whatever is wrong, the exact parser says it
+        try:
             planned = signature.plan_header(parts[0])
             sent = planned.tensors[0]
             if sent.data == [] and sent.size is None and len(planned.tensors) == 1 and planned.stacked is None:
                 array = tensors.convert(tensors.from_json(parts[1], sent.datatype, sent.shape, sent.where), sent.spec, sent.where)
                 return InferRequest({sent.spec.name: array}, planned.rows, planned.outputs, planned.identifier)
+        except ProtocolError:
+            pass  # the exact parser says what is wrong
     return decode(parse_request(body), _NO_TAIL, signature)
 
 
