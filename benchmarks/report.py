@@ -51,8 +51,8 @@ FMA peak of {machine.plural(machine.THREADS)}, for 13-64-64-1 of one.
 """
 THREADS_NOTE = """The limit is the FMA peak, for the largest descent the read bandwidth: what the machine itself gains by its threads.
 """
-LIMITS_NOTE = """What keeps the rows marked "no" from their aims, and what was tried; the figures come from runs of the single works, on this machine
-unless another is named. It is shared: for minutes at a time everything is 1.3 to 1.6 times as slow, single calls too.
+LIMITS_NOTE = """What keeps the rows marked "no" from their aims, and what was tried; the figures come from runs of the single works, on
+this machine unless another is named. It is shared: for minutes at a time everything is 1.3 to 1.6 times as slow, single calls too.
 
 - Gradient descent, 1,000 features, share of the bandwidth: a core can wait for some 24 lines that its own instructions asked for, which is
   16 GB/s here; only the prefetcher of its L2, which follows reading in order, keeps more on their way (28 GB/s). Up to 256 features rows
