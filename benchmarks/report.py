@@ -69,8 +69,9 @@ this machine unless another is named. It is shared: for minutes at a time everyt
 - The least of products, and threads: works of some 50 us to 1 ms whose second core is taken away for milliseconds now and then. The least
   of 32 products was 0.953, 0.949 and 0.947 in three runs, each time another product. Tried: a team of threads that is not waited for
   (used), huge pages for what is packed (a row of 4096 weights from 0.85 to 1.05; used), longer rests between contenders, other block sizes.
-- One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, and before the three changes above that say "used",
-  the code was 13.9x scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
+- One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, and before rows were read in order, requests went to
+  L2 and strips were as deep as others, the code was 13.9x scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x
+  NumPy in descents.
 """
 SCALING_NOTE = """The exponent is the slope of the straight line through the logarithms of cost and size: 1 is proportional, -1 for threads.
 Few threads give few points, which a line meets exactly: no R^2. Sizes begin where the work is more than the call.

@@ -243,12 +243,11 @@ class Multiplication {
 
   // Lays out the strips of A of some tiles, one behind the other.
   void pack_group(std::size_t first_tile, std::size_t last_tile, std::size_t d, std::size_t depth, T* group) const {
-    const std::size_t step = p_.a.col_stride == 1 ? depth : depth_copied;
-    for (std::size_t from = 0; from < depth; from += step)
+    for (std::size_t from = 0; from < depth; from += depth_copied)
       for (std::size_t tile = first_tile; tile < last_tile; ++tile) {
         const std::size_t row = row_begin(tile);
-        kernel_.gemm_pack_rows(std::min(step, depth - from), row_begin(tile + 1) - row, p_.a.at(row, d + from), p_.a.col_stride,
-                               p_.a.row_stride, group + ((tile - first_tile) * depth + from) * kernel_.tile_rows);
+        kernel_.gemm_pack_rows(std::min(depth_copied, depth - from), row_begin(tile + 1) - row, p_.a.at(row, d + from), p_.a.col_stride,
+                               group + ((tile - first_tile) * depth + from) * kernel_.tile_rows);
       }
   }
 

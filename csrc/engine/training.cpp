@@ -42,7 +42,7 @@ class RowSource {
   }
 
  private:
-  static constexpr std::size_t half_of_l2 = 512 << 10;  // of the smallest L2 in use, 1 MiB: prefetching within it only costs
+  static constexpr std::size_t half_of_l2 = 512 << 10;  // of the smallest L2 in use, 1 MiB: to fetch ahead within it only costs
 
   const Round<T>& round_;
   bool prefetch_;

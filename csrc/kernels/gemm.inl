@@ -98,34 +98,33 @@ inline void pack_transposed(size_t depth, size_t present, const T* source, size_
   for (size_t i = 0; i < rest; ++i) *reinterpret_cast<U*>(panel + (d + i) * panel_width) = v[i];
 }
 
-// panel[depth][panel_width] = source[d, k], k < width, zero from there on; N divides panel_width. One of the strides is 1.
+// The same where each step's elements are neighbours, and the steps `stride` apart.
 template <class T, int N>
-inline void pack(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel, size_t panel_width) {
+inline void pack_straight(size_t depth, size_t present, const T* source, size_t stride, T* panel, size_t panel_width) {
   typedef typename Strip<T, N>::unaligned U;
-  for (size_t k = 0; k < panel_width; k += N) {
-    const size_t present = width > k ? width - k : 0;
-    const T* const from = source + k * width_stride;
-    if (width_stride != 1) {
-      pack_transposed<T, N>(depth, present, from, width_stride, panel + k, panel_width);
-    } else if (present >= N) {
-      for (size_t d = 0; d < depth; ++d)
-        *reinterpret_cast<U*>(panel + d * panel_width + k) = *reinterpret_cast<const U*>(from + d * depth_stride);
-    } else {
-      for (size_t d = 0; d < depth; ++d)
-        for (size_t i = 0; i < N; ++i) panel[d * panel_width + k + i] = i < present ? from[d * depth_stride + i] : T(0);
-    }
-  }
+  if (present >= N)
+    for (size_t d = 0; d < depth; ++d) *reinterpret_cast<U*>(panel + d * panel_width) = *reinterpret_cast<const U*>(source + d * stride);
+  else
+    for (size_t d = 0; d < depth; ++d)
+      for (size_t i = 0; i < N; ++i) panel[d * panel_width + i] = i < present ? source[d * stride + i] : T(0);
 }
 
 template <class T>
 void gemm_pack_columns(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel, size_t panel_width) {
-  pack<T, (int)lanes<T>>(depth, width, source, depth_stride, width_stride, panel, panel_width);
+  constexpr int n = (int)lanes<T>;
+  for (size_t k = 0; k < panel_width; k += n) {
+    const size_t present = width > k ? width - k : 0;
+    if (width_stride != 1)
+      pack_transposed<T, n>(depth, present, source + k * width_stride, width_stride, panel + k, panel_width);
+    else
+      pack_straight<T, n>(depth, present, source + k, depth_stride, panel + k, panel_width);
+  }
 }
 
 template <class T, int Rows>
-void gemm_pack_rows(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel) {
+void gemm_pack_rows(size_t depth, size_t width, const T* source, size_t depth_stride, T* panel) {
   constexpr int n = Rows < (int)lanes<T> ? Rows : (int)lanes<T>;
-  pack<T, n>(depth, width, source, depth_stride, width_stride, panel, Rows);
+  for (size_t k = 0; k < Rows; k += n) pack_straight<T, n>(depth, width > k ? width - k : 0, source + k, depth_stride, panel + k, Rows);
 }
 
 // The table's tiles of every height up to Rows and every width up to Vectors.

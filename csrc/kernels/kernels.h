@@ -44,7 +44,7 @@ struct LinearStep {
   const uint32_t* index;  // [rows] row numbers into x and target, or null: rows 0, 1, 2, ...
   size_t rows;
   size_t rows_ahead;      // rows after these that may be read next
-  bool prefetch;          // x is larger than the caches: ask for the next rows while these are in work
+  bool prefetch;          // x is larger than the caches: see to it that the next rows are fetched while these are in work
   size_t in_features;
   size_t out_features;
   const T* weight;        // [out_features, in_features]
@@ -117,10 +117,10 @@ struct KernelTable {
   void (*gemm_tile[most_tile_rows][most_tile_vectors])(const GemmTile<T>& tile);
 
   // panel[depth][panel_width] = the elements (d, k) of a source with the given strides, one of which is 1, for k < width, and zeros from
-  // there on. Columns of b: panel_width is a multiple of `lanes`. Rows of a: it is tile_rows.
+  // there on. Columns of b: panel_width is a multiple of `lanes`. Rows of a: it is tile_rows, and the stride of k is 1.
   void (*gemm_pack_columns)(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel,
                             size_t panel_width);
-  void (*gemm_pack_rows)(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel);
+  void (*gemm_pack_rows)(size_t depth, size_t width, const T* source, size_t depth_stride, T* panel);
 
   // y[rows, out] = x[rows, in] weight[out, in]^T + bias[out], for few outputs. A row's value does not depend on the other rows.
   void (*linear_forward)(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride, const T* weight,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gdlib import serialization
-from gdlib.serve.protocol import Signature, places
+from gdlib.serve.protocol import Signature
 from gdlib.serve.tensors import DATATYPE_NAMES, ProtocolError, TensorSpec, check_finite
 
 INPUT_NAME, OUTPUT_NAME = "input", "output"
@@ -57,7 +57,7 @@ class NativeModel:
             (TensorSpec(OUTPUT_NAME, self._datatype, (-1, model.out_features)),),
             model.feature_names,
         )
-        self._where = places(self.signature.inputs[0], model.feature_names)
+        self._where = self.signature.where[INPUT_NAME]
         facts = {name: getattr(model, name, None) for name in ("feature_names", "target_names", *_FACTS)}
         facts["training"] = getattr(model, "training_summary", None)
         self.parameters = {key: value for key, value in facts.items() if value is not None} | _weights(model)

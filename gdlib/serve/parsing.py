@@ -48,23 +48,31 @@ def parse_request(body: bytes) -> dict[str, Any]:
     return parse_json(body) if request is None else request
 
 
-def split_data(body: bytes) -> tuple[bytes, list[Any]] | None:
-    """(the request with an empty array in place of its flat `data`, what that array held), or None where it is not so simple.
+def split_data(body: bytes) -> tuple[bytes, list[Any], bytes] | None:
+    """(what stands before the only flat `data` of a short request, that array, what stands after it), or None if it is not so simple.
 
-    The request is valid if the first part is: quotes around nothing but `data` enclose a string, since inside one they would be escaped.
+    The request is as valid as the one with an empty array there, and the array is that of the only key `data`: without a backslash around
+    it there is no other way to write that key, and none to have its quotes within a string.
     """
-    if len(body) >= SHORT:
-        return None
-    key = body.rfind(b'"data"')
+    key = body.find(b'"data"')
     begin = body.find(b"[", key)
-    end = body.find(b"]", begin)
-    if key < 0 or begin < 0 or end < 0 or body[key + 6 : begin].strip() != b":":
+    end = body.find(b"]", begin) + 1
+    if key < 0 or begin < 0 or end == 0 or body[key + 6 : begin].strip() != b":":
         return None
+    before, after = body[:begin], body[end:]
+    if b"\\" in before or b"\\" in after or b'"data"' in after:
+        return None
+    values = parse_array(body[begin:end])  # not if nested, or with a bracket in a string
+    return None if values is None else (before, values, after)
+
+
+def parse_array(text: bytes) -> list[Any] | None:
+    """The JSON array in `text`; None for what the exact parser must look at."""
     try:
-        values: list[Any] = orjson.loads(body[begin : end + 1])
-    except ValueError:  # nested, NaN, or a bracket in a string
+        values = orjson.loads(text)
+    except ValueError:
         return None
-    return body[: begin + 1] + body[end:], values
+    return values if type(values) is list else None
 
 
 def _parse_fast(body: bytes) -> dict[str, Any] | None:

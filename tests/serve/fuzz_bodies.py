@@ -174,7 +174,7 @@ def _check_answer(body: bytes, length: int | None, request: InferRequest | None,
             assert values.dtype == arrays[output["name"]].dtype
             assert np.array_equal(values, arrays[output["name"]], equal_nan=values.dtype.kind == "f")
     assert len(tail) == 0
-    assert request is None or (list(described.items()) == request.outputs and answer.get("id") == request.identifier)
+    assert request is None or (tuple(described.items()) == request.outputs and answer.get("id") == request.identifier)
 
 
 def main() -> None:

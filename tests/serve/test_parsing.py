@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gdlib.serve import parsing
-from gdlib.serve.parsing import MAX_CONTAINERS, SHORT, parse_json, parse_request, split_data
+from gdlib.serve.parsing import MAX_CONTAINERS, SHORT, parse_json, parse_request
 from gdlib.serve.protocol import InferRequest, Signature, decode, decode_json
 from gdlib.serve.tensors import BYTES, ProtocolError, TensorSpec
 
@@ -246,56 +246,6 @@ def mutated(draw: Any) -> bytes:
         piece = draw(st.binary(max_size=3) | st.sampled_from(list(b'{}[]:,"\\0-.eE')).map(lambda c: bytes([c])))
         text = text[:at] + piece + text[at + length :]
     return text
-
-
-class TestSplitData:
-    """A short request without its values, which are parsed alone."""
-
-    @pytest.mark.parametrize("data", ["[1,2.5,-3e2]", "[ 1 , 2 ]", "[]", '["a","b"]', "[true,null]"])
-    def test_takes_the_values_out(self, data: str) -> None:
-        parts = split_data(body_of(data))
-        assert parts == (body_of("[]"), json.loads(data))
-
-    def test_space_stays_where_it_is(self) -> None:
-        assert split_data(b'{"data" : [1] , "a": 2}') == (b'{"data" : [] , "a": 2}', [1])
-
-    @pytest.mark.parametrize("data", ["[[1,2]]", "[NaN]", '["]"]', "[1", "1", "null", "[1,]", '"[1]"'])
-    def test_leaves_other_values(self, data: str) -> None:
-        assert split_data(body_of(data)) is None
-
-    def test_leaves_a_request_without_data_and_a_long_one(self) -> None:
-        assert split_data(b'{"inputs":[]}') is None
-        assert split_data(longer(body_of())) is None
-
-    @pytest.mark.parametrize(
-        "body",
-        [
-            body_of(request=',"id":"\\"data\\":[1,2]"'),  # within a string
-            body_of(request=',"id":"data"'),
-            body_of(request=',"outputs":[{"name":"output","parameters":{"data":[7]}}]'),  # another's
-            body_of(request=',"parameters":{"x\\"data":[7]}'),  # a key that ends so
-            body_of(tensor=',"data":[9,9,9,9,9,9]'),  # twice
-            body_of(request=',"inputs":[]'),  # a key twice around it
-            body_of(request=',"note":"x"data":[1]'),
-            body_of() + b"]",
-            body_of()[:-1],
-            b"\xff" + body_of(),
-            body_of(request=',"id":"\\ud800"'),
-            body_of("[1,2,3,4,5,6]", "[6]"),
-            body_of("[1,2,3]"),
-            body_of("[1,2,3,4,5,1e400]"),
-            body_of("[1,2,3,4,5,18446744073709551616]", datatype="UINT64"),
-        ],
-    )
-    def test_traps(self, body: bytes) -> None:
-        agree(body)
-
-    def test_one_plan_serves_all_values(self) -> None:
-        signature = Signature((SPECS["FP64"],), OUTPUT)
-        for number in range(5):
-            read = decode_json(body_of(f"[{number},2,3,4,5,6]"), signature)
-            assert read.arrays["input"].tolist() == [[number, 2, 3], [4, 5, 6]]
-        assert signature.plan_header.cache_info()[:2] == (4, 1)  # hits, misses
 
 
 class TestNoBodyDividesThem:

@@ -1,6 +1,5 @@
 """Inference requests: one input or several, in JSON and binary, whole or by feature."""
 
-import json
 import math
 import struct
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gdlib.serve.protocol import MAX_HEADER, MAX_PLANS, InferRequest, Signature, decode, decode_binary, places
+from gdlib.serve.protocol import InferRequest, Signature, decode, places
 from gdlib.serve.tensors import BF16, BYTES, NUMERIC, ProtocolError, TensorSpec, check_finite
 
 FEATURES = ["age", "size", "a:b[c"]
@@ -65,7 +64,7 @@ class TestOneInput:
         for given in (in_json, in_binary):
             assert given.arrays["input"].dtype == NUMERIC[wanted]
             np.testing.assert_array_equal(given.arrays["input"], values)
-        assert in_json[1:] == in_binary[1:] == (2, [("output", False)], None)
+        assert in_json[1:] == in_binary[1:] == (2, (("output", False),), None)
 
     @pytest.mark.parametrize(("datatype", "raw"), [("FP16", b"\x00\x3c\x00\xc0"), (BF16, b"\x80\x3f\x00\xc0")])
     def test_half_precision_in_binary(self, datatype: str, raw: bytes) -> None:
@@ -189,7 +188,7 @@ class TestSeveralInputs:
         np.testing.assert_array_equal(given.arrays["flag"], self.FLAG)
         assert given.arrays["word"].shape == ()
         assert given.arrays["word"][()] == self.WORD
-        assert (given.rows, given.outputs) == (3, [("y", False), ("z", False)])
+        assert (given.rows, given.outputs) == (3, (("y", False), ("z", False)))
 
     @pytest.mark.parametrize(
         ("index", "change", "words"),
@@ -244,53 +243,6 @@ class TestTheTail:
             with pytest.raises(ProtocolError, match="both 'data' and 'binary_data_size': send one of them"):
                 read({"inputs": [tensor(data=data, binary_data_size=48)]}, bytes(48))
 
-
-class TestPlans:
-    """What is remembered of the JSON parts of binary requests."""
-
-    @staticmethod
-    def header(**more: Any) -> bytes:
-        return json.dumps({"inputs": [tensor(shape=[1, 3], binary_data_size=24)], **more}).encode()
-
-    @pytest.fixture
-    def signature(self) -> Signature:
-        return Signature(ONE.inputs, ONE.outputs)
-
-    def test_a_header_that_comes_again_gives_the_new_values(self, signature: Signature) -> None:
-        for values in ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]):
-            decoded = decode_binary(self.header(id="a"), memoryview(np.array(values).tobytes()), signature)
-            assert decoded.arrays["input"].tolist() == [values]
-            assert (decoded.rows, decoded.outputs, decoded.identifier) == (1, [("output", False)], "a")
-        assert signature.plan_header.cache_info().hits == 1
-
-    def test_each_tail_is_measured(self, signature: Signature) -> None:
-        decode_binary(self.header(), memoryview(bytes(24)), signature)
-        with pytest.raises(ProtocolError, match="Fewer bytes"):
-            decode_binary(self.header(), memoryview(bytes(23)), signature)
-        with pytest.raises(ProtocolError, match="More bytes"):
-            decode_binary(self.header(), memoryview(bytes(25)), signature)
-
-    def test_values_beside_the_tail_are_read_each_time(self) -> None:
-        described, tail = split((tensor("age", [2]), struct.pack("<2d", 1, 2)), (tensor("size", [2], data=[3, None]), None))
-        described["inputs"].append(tensor(FEATURES[2], [2, 1], data=[5, 6]))
-        signature = Signature(ONE.inputs, ONE.outputs, FEATURES)
-        for _ in range(2):
-            x = decode_binary(json.dumps(described).encode(), memoryview(tail), signature).arrays["input"]
-            np.testing.assert_array_equal(x, [[1, 3, 5], [2, NAN, 6]])
-            x[:] = 0
-
-    def test_what_is_wrong_or_long_is_not_remembered(self, signature: Signature) -> None:
-        for _ in range(2):
-            with pytest.raises(ProtocolError, match="not valid JSON"):
-                decode_binary(b"{", memoryview(bytes(24)), signature)
-        decode_binary(self.header(parameters={"note": "n" * MAX_HEADER}), memoryview(bytes(24)), signature)
-        assert signature.plan_header.cache_info().currsize == 0
-
-    def test_so_many_are_remembered(self, signature: Signature) -> None:
-        for number in range(MAX_PLANS + 9):
-            decode_binary(self.header(id=str(number)), memoryview(bytes(24)), signature)
-        assert signature.plan_header.cache_info().currsize == MAX_PLANS
-
     def test_the_first_input_without_its_bytes_is_named(self) -> None:
         described, tail = split((tensor("age", [2]), bytes(16)), (tensor("size", [2]), bytes(16)), (tensor(FEATURES[2], [2]), bytes(16)))
         with pytest.raises(ProtocolError, match="Input 'size': Fewer bytes"):
@@ -312,7 +264,7 @@ class TestFeatures:
         parts = self.parts(nested)
         given = read(*split(*(parts[i] for i in order)), NAMED)
         assert given.arrays["input"].tolist() == [[1, 3, 5], [2, 4, 6]]
-        assert (given.rows, given.outputs) == (2, [("output", False)])
+        assert (given.rows, given.outputs) == (2, (("output", False),))
 
     @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
     def test_mixed_datatypes_shapes_and_forms(self, order: Any) -> None:

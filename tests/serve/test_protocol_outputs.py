@@ -20,7 +20,7 @@ NAN, INF = math.nan, math.inf
 
 def outputs_of(signature: Signature, **more: Any) -> Any:
     request = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]}
-    return decode(request | more, memoryview(b""), signature).outputs
+    return list(decode(request | more, memoryview(b""), signature).outputs)
 
 
 class TestOutputs:
