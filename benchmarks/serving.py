@@ -36,14 +36,13 @@ STALLED = 200  # clients
 NOTE = f"""Made by `{COMMAND}`. The application is timed in process, from the body's bytes to the answer's; over HTTP a client keeps one
 connection on the loopback interface, and the servers take turns. MLServer computes the same linear model with NumPy.
 """
-LIMITS_NOTE = """What keeps rows from their aims: under granian a constant application takes 28 to 36 us of CPU for a request, granian's own
-part included. What is done for a prediction (reading JSON, checking, computing, counting, writing) takes 14 us in a warm loop, and more
-beside other work, whose code and data push each other out of the caches; 80 % of the throughput would leave it some 8 us. Rounds of it
-lie between 65 and 100 % on two cores that the client shares, their medians between 69 and 77 %. Tried: requests planned once and only
-their values read each time (20 -> 14 us, 56 -> 76 %; used), answers from a remembered frame (0.7 us less, no more throughput), one
-blocking thread for each worker (84 us of CPU for a request against 106, because threads wait for each other's GIL; used), a single-threaded
-runtime (no gain). `gdlib serve` answers such requests in its event loop, and saves handing them to a thread, which is why it keeps up with
-an application that does nothing. This machine is shared, and 1.3 to 1.6 times as slow for minutes at a time.
+GRANIAN_NOTE = """Under granian a constant application takes 28 to 36 us of CPU for a request, granian's own part included, and a prediction
+(reading JSON, checking, computing, counting, writing) 12 to 13 us more in a warm loop. Both share two cores with the client, and single
+rounds lie between 65 and 105 %: the median of 25 was 83 %, and medians of 5 to 9 between 77 and 95 %. What it took: requests planned once,
+only whose values are read each time (20 us -> 14, and 56 -> 76 %), the request like the last one and the usual answer from their frames
+(12.4 us), one blocking thread for each worker (84 us of CPU for a request against 106, because threads wait for each other's GIL).
+`gdlib serve` answers such requests in its event loop, and saves handing them to a thread, which is why it keeps up with an application that
+does nothing. This machine is shared, and 1.3 to 1.6 times as slow for minutes at a time.
 """
 
 
@@ -102,8 +101,8 @@ def throughput(constant: bool, seconds: int = 3) -> float:
 
 
 @cache
-def throughput_share(rounds: int = 5) -> float:
-    """Beside an application that answers a constant, the median of turns."""
+def throughput_share(rounds: int = 15) -> float:
+    """Beside an application that answers a constant, the median of turns: single ones lie between 65 and 105 %."""
     return statistics.median(throughput(False) / throughput(True) for _ in range(rounds))
 
 
@@ -240,7 +239,7 @@ def main() -> int:
     load = os.getloadavg()[0]
     results = run(serving.GROUPS, lambda group: 1 if options.quick else group.rounds)
     text = (
-        "\n".join([NOTE, aim_table(results, AIMS), group_table(serving.HTTP, results[HTTP]), LIMITS_NOTE])
+        "\n".join([NOTE, aim_table(results, AIMS), group_table(serving.HTTP, results[HTTP]), GRANIAN_NOTE])
         + f"Load before the run: {digits(load)}.\n"
     )
     print(text)

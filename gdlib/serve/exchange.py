@@ -31,12 +31,11 @@ class Answer(NamedTuple):
 class Exchange:
     """One request on its way: what its handler needs, and what the access log tells of it."""
 
-    __slots__ = ("bytes_in", "environ", "key", "model", "rows", "version")
+    key: Key | None = None
+    model: str | None = None
+    version: str | None = None
+    rows: int | None = None
+    bytes_in: int | None = None
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self.environ = environ
-        self.key: Key | None = None
-        self.model: str | None = None
-        self.version: str | None = None
-        self.rows: int | None = None
-        self.bytes_in: int | None = None
