@@ -52,7 +52,8 @@ FMA peak of {machine.plural(machine.THREADS)}, for 13-64-64-1 of one.
 THREADS_NOTE = """The limit is the FMA peak, for the largest descent the read bandwidth: what the machine itself gains by its threads.
 """
 LIMITS_NOTE = """What keeps the rows marked "no" from their aims, and what was tried; the figures come from runs of the single works, on
-this machine unless another is named. It is shared: for minutes at a time everything is 1.3 to 1.6 times as slow, single calls too.
+this machine unless another is named. It is shared: for minutes at a time everything is 1.3 to 1.6 times as slow, which single
+calls and the straight lines of costs meet too.
 
 - Gradient descent, 1,000 features, share of the bandwidth: a core can wait for some 24 lines that its own instructions asked for, which is
   16 GB/s here; only the prefetcher of its L2, which follows reading in order, keeps more on their way (28 GB/s). Up to 256 features rows
@@ -61,11 +62,11 @@ this machine unless another is named. It is shared: for minutes at a time everyt
   14), to L2 (17, used), in the order of memory, split between both passes, for the first rows alone, 2 and 4 chains a row (all within 5 %).
 - The same beside NumPy: its two passes over 1,000 features reach 24 of 32 GB/s, so that one at the full bandwidth would be 2.6 times as
   fast: 3 times cannot be had. The same holds for PyTorch there.
-- 2048^3: one core alone reaches 90 % of the FMA peak forward and 89 % in the gradients, two 85 to 92 %; 96 % of the time is spent in the
-  tile. Tried: rows of the left operand copied (6 to 13 % slower, no longer done), strips of copied columns as deep as others (5 % faster,
+- 2048^3: one core alone reaches 90 % of the FMA peak forward and 89 % in the gradients, two 88 to 95 %; 96 % of the time is spent in the
+  tile. Tried: rows of the left operand copied (5 to 13 % slower, no longer done), strips of copied columns as deep as others (5 % faster,
   used), blocks of depth of 1, 2, 4 and 8 KiB, shared blocks of 0.5, 2 and 4 MiB, groups of 4, 8 and 16 tiles (within 3 % of the best),
   requests for the panel 8 and 16 steps ahead (5 % slower).
-- Networks: from 784-512-10 up 86 to 92 % of the FMA peak is reached, and JAX reaches 71 to 83 %: 1.03 to 1.28 is what lies between them.
+- Networks: from 784-512-10 up 86 to 92 % of the FMA peak is reached, and JAX reaches 71 to 86 %: 1.0 to 1.3 is what lies between them.
 - The least of products, and threads: works of some 50 us to 1 ms whose second core is taken away for milliseconds now and then. The least
   of 32 products was 0.953, 0.949 and 0.947 in three runs, each time another product. Tried: a team of threads that is not waited for
   (used), huge pages for what is packed (a row of 4096 weights from 0.85 to 1.05; used), longer rests between contenders, other block sizes.

@@ -87,7 +87,8 @@ def _decode_usual(body: bytes, signature: Signature) -> InferRequest | None:
             signature.usual = usual
     if values is None or usual is None:
         return None
-    sent, planned = usual.tensor, usual.plan
+    planned = usual.plan
+    sent = planned.tensors[0]
     array = tensors.convert(tensors.from_json(values, sent.datatype, sent.shape, sent.where), sent.spec, sent.where)
     return InferRequest({sent.spec.name: array}, planned.rows, planned.outputs, planned.identifier)
 
@@ -99,7 +100,7 @@ def _frame(before: bytes, after: bytes, signature: Signature) -> "Frame | None":
     planned = signature.plan_header(header)
     tensor = planned.tensors[0]
     simple = tensor.data == [] and tensor.size is None and len(planned.tensors) == 1 and planned.stacked is None
-    return Frame(before, after, tensor, planned) if simple else None
+    return Frame(before, after, planned) if simple else None
 
 
 def decode_binary(header: bytes, tail: memoryview, signature: Signature) -> InferRequest:
@@ -174,7 +175,6 @@ class Frame(NamedTuple):
 
     before: bytes
     after: bytes
-    tensor: SentTensor
     plan: Plan
 
 
