@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "gemm.h"
 #include "linear.h"
+#include "parallel.h"
 
 namespace gdlib {
 
@@ -29,14 +31,19 @@ inline double cycles_of(std::size_t rows, std::size_t in_features, std::size_t o
   return static_cast<double>(rows) * static_cast<double>(in_features) * static_cast<double>(out_features) / 8.0;
 }
 
-// total[n] (+)= the partial vectors in order, carried in double.
+// total[n] (+)= the partial vectors in order, carried in double. They are read as they lie, a stretch of each at a time.
 template <class T>
 void sum_partials(std::size_t count, std::size_t n, const T* partials, bool accumulate, T* total) {
-  for (std::size_t i = 0; i < n; ++i) {
-    double sum = accumulate ? static_cast<double>(total[i]) : 0.0;
-    for (std::size_t k = 0; k < count; ++k) sum += static_cast<double>(partials[k * n + i]);
-    total[i] = static_cast<T>(sum);
-  }
+  constexpr std::size_t stretch = 256;
+  const auto cycles = static_cast<double>(count * n);
+  parallel_for(ceil_divide(n, stretch), threads_for(cycles), [&](std::size_t part, std::size_t) {
+    const std::size_t begin = part * stretch, size = std::min(stretch, n - begin);
+    double sum[stretch] = {};
+    if (accumulate) std::copy_n(total + begin, size, sum);
+    for (std::size_t k = 0; k < count; ++k)
+      for (std::size_t i = 0; i < size; ++i) sum[i] += static_cast<double>(partials[k * n + begin + i]);
+    for (std::size_t i = 0; i < size; ++i) total[begin + i] = static_cast<T>(sum[i]);
+  });
 }
 
 }  // namespace gdlib

@@ -63,9 +63,16 @@ inline Vector<T> group_dot(const T* const* row, size_t in_features, const T* wei
   return sum_each<0, (int)w>([&](int l) { return sum[l]; });
 }
 
+// What the gradient of a block asks the memory for.
+enum class Ahead {
+  nothing,
+  rows,   // all of the next block
+  trace,  // every fourth line of the first half of the block behind this one, to keep the processor's own prefetching on its way
+};
+
 // gradient[Vectors * lanes] (+)= sum over the block of factor * row, for Vectors whole vectors of features or, with a tail, part of one.
-// Ahead: asks for the same features of the next block meanwhile, so that the memory is busy while the arithmetic is in the cache.
-template <int Vectors, int Chains, bool Tail, bool Ahead, class T>
+// Ahead::rows: asks for the same features of the next block meanwhile, so that the memory is busy while the arithmetic is in the cache.
+template <int Vectors, int Chains, bool Tail, Ahead Asked, class T>
 inline void block_gradient_part(const Block<T>& block, const Block<T>& next, size_t j, size_t tail, bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
   Vector<T> sum[Vectors][Chains];
@@ -76,7 +83,7 @@ inline void block_gradient_part(const Block<T>& block, const Block<T>& next, siz
     for (int c = 0; c < Chains; ++c) {
       const Vector<T> factor = broadcast(block.factor[l + c]);
       const T* const row = block.row[l + c] + j;
-      if (Ahead)  // into L2: past it, a core of Zen 4 reads 10 instead of 15 GB/s
+      if (Asked == Ahead::rows)  // into L2: past it, a core of Zen 4 reads 10 instead of 15 GB/s
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) __builtin_prefetch(next.row[l + c] + j + v * w, 0, 2);
 #pragma GCC unroll 8
@@ -91,15 +98,20 @@ inline void block_gradient_part(const Block<T>& block, const Block<T>& next, siz
 }
 
 // gradient[in_features] (+)= sum over the block of factor[l] * row[l]
-template <bool Ahead, class T>
+template <Ahead Asked, class T>
 inline void block_gradient(const Block<T>& block, const Block<T>& next, size_t in_features, bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
   // Vectors x chains is 8 or fewer: the latency (4) times the ports (2) of a fused multiply-add. A group has 2 rows at least.
   constexpr int chains = w < 4 ? 2 : 4;
+  const T* behind = block.row[block.present - 1] + in_features;
   size_t j = 0;
-  for (; j + 4 * w <= in_features; j += 4 * w) block_gradient_part<4, 2, false, Ahead>(block, next, j, 0, accumulate, gradient);
-  for (; j + w <= in_features; j += w) block_gradient_part<1, chains, false, Ahead>(block, next, j, 0, accumulate, gradient);
-  if (j < in_features) block_gradient_part<1, chains, true, Ahead>(block, next, j, in_features - j, accumulate, gradient);
+  for (; j + 4 * w <= in_features; j += 4 * w) {
+    if (Asked == Ahead::trace)
+      for (size_t l = 0; l < block.padded; l += 2, behind += 4 * w) __builtin_prefetch(behind, 0, 2);
+    block_gradient_part<4, 2, false, Asked>(block, next, j, 0, accumulate, gradient);
+  }
+  for (; j + w <= in_features; j += w) block_gradient_part<1, chains, false, Asked>(block, next, j, 0, accumulate, gradient);
+  if (j < in_features) block_gradient_part<1, chains, true, Asked>(block, next, j, in_features - j, accumulate, gradient);
 }
 
 // y[rows, out] = x[rows, in] weight^T + bias
@@ -134,7 +146,7 @@ void linear_gradient(size_t rows, size_t in_features, size_t out_features, const
       Vector<T> sum = zero<T>();
       for (size_t l = 0; l < block.padded; ++l) block.factor[l] = l < block.present ? g[(first + l) * out_features + o] : T(0);
       for (size_t l = 0; l < block.padded; l += lanes<T>) sum += load(block.factor + l);
-      block_gradient<false>(block, block, in_features, true, weight_gradient + o * in_features);
+      block_gradient<Ahead::nothing>(block, block, in_features, true, weight_gradient + o * in_features);
       if (bias_gradient) bias_gradient[o] += sum_lanes<T>(sum);
     }
   }
@@ -188,9 +200,11 @@ double linear_step(const LinearStep<T>& s) {
   const size_t block_rows = Block<T>::rows_for(in);
   const auto count_from = [&](size_t first, size_t end) { return end - first < block_rows ? end - first : block_rows; };
   // Rows from memory, one behind the other: read just so, the processor's own prefetching keeps more of them on their way than it takes
-  // requests for single lines (20 against 16 GB/s for a core of AMD's Zen 4). A block beyond L1 gains more from requests during its
-  // gradient, and shuffled rows are nowhere to be guessed.
-  const bool in_order = s.prefetch && !s.index && block_rows * in * sizeof(T) <= Block<T>::most_bytes;
+  // requests for single lines (20 against 16 GB/s for a core of AMD's Zen 4); a trace of requests keeps it on its way during the gradient
+  // of a block beyond L1, which waits for L2. The gradient of longer rows lasts too long for that; shuffled ones are nowhere to be guessed.
+  constexpr size_t most_in_order = 8 << 10;
+  const bool in_order = s.prefetch && !s.index && in * sizeof(T) <= most_in_order;
+  const bool trace = in_order && block_rows * in * sizeof(T) > Block<T>::most_bytes;
   Block<T> blocks[2];
   Block<T>*block = &blocks[0], *next = &blocks[1];
   block->gather(s.x, s.x_stride, s.index, 0, count_from(0, s.rows));
@@ -204,9 +218,11 @@ double linear_step(const LinearStep<T>& s) {
       loss += in_order ? block_residuals<true>(s, first, o, *block) : block_residuals<false>(s, first, o, *block);
       T* const gradient = s.weight_gradient + o * in;
       if (ahead && o == 0 && next->padded >= block->padded)
-        block_gradient<true>(*block, *next, in, first != 0, gradient);
+        block_gradient<Ahead::rows>(*block, *next, in, first != 0, gradient);
+      else if (trace && o == 0)
+        block_gradient<Ahead::trace>(*block, *block, in, first != 0, gradient);
       else
-        block_gradient<false>(*block, *block, in, first != 0, gradient);
+        block_gradient<Ahead::nothing>(*block, *block, in, first != 0, gradient);
     }
     Block<T>* const done = block;
     block = next;
