@@ -17,13 +17,15 @@ constexpr std::size_t depth_unpacked = 16;
 // Strips of A that are laid out together, where they have to be: 64 neighbours of a row of memory are read at once.
 constexpr std::size_t tiles_of_group = 8;
 // Panels of B next to such strips: their block is read from the shared cache once for each group, of which every core has so much.
-constexpr std::size_t shared_bytes = 2 << 20;
+constexpr std::size_t shared_bytes = 3 << 20;
 // Panels that must share a strip for that to pay.
 constexpr std::size_t panels_to_pack_a = 2;
-// Steps of depth that are copied for all panels or strips before the next ones: so many pages of memory are in use at a time.
-constexpr std::size_t depth_copied = 16;
-// The same for B: copied for at least so many tiles of rows where no transposition is needed.
-constexpr std::size_t tiles_to_pack_b = 3;
+// Steps of depth that are copied for all panels or strips before the next ones: so many pages of memory are in use at a time, and so many
+// lines, which fall on one set of the caches where steps are a power of two apart.
+constexpr std::size_t depth_copied = 8;
+// The same for B where no transposition is needed: copied for at least so many tiles of rows, and where a small part of L2 holds all of B,
+// for more than this. Copies cost 12 % of 32 rows, 3 % of 128.
+constexpr std::size_t tiles_to_pack_b = 3, tiles_to_pack_small_b = 65;
 // Cycles for each element packed, a transposition (from L2), next to 2 multiply-adds of a vector in a cycle.
 constexpr double cycles_to_pack = 0.25;
 // From tasks of so many cycles on, about 2 ms, each is cut in two, so that a core which is shared with others takes fewer of them. More
@@ -73,20 +75,21 @@ class Multiplication {
         kernel_(table<T>()),
         panels_(product.cols, kernel_.lanes, kernel_.tile_vectors),
         row_tiles_(ceil_divide(product.rows, kernel_.tile_rows)),
-        unpacked_(!product.packed && product.b.col_stride == 1 && row_tiles_ < tiles_to_pack_b),
+        small_b_(product.depth * product.cols * sizeof(T) <= l2_bytes() / 4),
+        unpacked_(!product.packed && product.b.col_stride == 1 && row_tiles_ < (small_b_ ? tiles_to_pack_small_b : tiles_to_pack_b)),
         pack_a_(must_pack(product.a)) {
     const std::size_t panel_width = kernel_.tile_vectors * kernel_.lanes;
-    // Two panels at least stay in half of L2, the other half being left to A and C.
+    // Panels stay in three fourths of L2, two of them at least in half; the rest is left to A and C, which only pass through.
     const std::size_t l2_depth = l2_bytes() / 4 / (panel_width * sizeof(T));
-    const std::size_t most_depth = unpacked_ ? depth_unpacked : std::clamp<std::size_t>(l2_depth, 64, depth_bytes / sizeof(T));
+    const std::size_t most_depth = unpacked_ && !small_b_ ? depth_unpacked : std::clamp<std::size_t>(l2_depth, 64, depth_bytes / sizeof(T));
     blocking_.depth = std::max<std::size_t>(1, ceil_divide(p_.depth, std::max<std::size_t>(1, ceil_divide(p_.depth, most_depth))));
-    const std::size_t panel_bytes = blocking_.depth * panel_width * sizeof(T);
-    blocking_.panels = std::clamp<std::size_t>((pack_a_ ? shared_bytes : l2_bytes() / 2) / panel_bytes, 1, std::min(most_panels, panels_.count));
+    const std::size_t panel_bytes = blocking_.depth * panel_width * sizeof(T), most_block = pack_a_ ? shared_bytes : l2_bytes() / 4 * 3;
+    blocking_.panels = std::clamp<std::size_t>(most_block / panel_bytes, 1, std::min(most_panels, panels_.count));
     blocking_.group_size = pack_a_ ? tiles_of_group * kernel_.tile_rows * blocking_.depth : 0;
     blocking_.block_size = product.packed ? 0 : blocking_.panels * panel_width * blocking_.depth;
     const bool kept = !product.updated || blocking_.depth < p_.depth;
     blocking_.result_size = kept ? 0 : tiles_of_group * kernel_.tile_rows * panels_to_finish * panel_width;
-    fetch_updated_ = !kept && product.rows * product.cols * sizeof(T) > l2_bytes() / 2;
+    fetch_ = product.rows * product.cols * sizeof(T) > l2_bytes() / 2;
     share();
   }
 
@@ -105,11 +108,13 @@ class Multiplication {
  private:
   static constexpr std::size_t line = 64 / sizeof(T);  // elements of a line of a cache
 
-  // Whether A would drive itself out of L1 where it lies: columns of a matrix do when its rows are so far apart that they fall on few sets
-  // of the cache. Rows do not, even if all of a tile's fall on one set: copying them took 5 to 13 % longer on an L1 of 8 ways.
+  // Whether A is better copied than read where it lies. Columns of a matrix are if each step is on another page, or if its rows are so far
+  // apart that they fall on few sets of a cache (up to 14 % faster so, and up to 10 % slower for others). Rows are not, even if all of a
+  // tile's fall on one set: copying them took 5 to 13 % longer on an L1 of 8 ways.
   static bool must_pack(const MatrixView<T>& a) {
-    constexpr std::size_t way = 4096;
-    return a.col_stride != 1 && a.col_stride * sizeof(T) % (way / 4) == 0;
+    constexpr std::size_t page = 4096;  // and a way of L1
+    const std::size_t step = a.col_stride * sizeof(T);
+    return a.col_stride != 1 && (step >= page || step % (page / 4) == 0);
   }
 
   // How many parts of rows and of columns take the least time: each part packs what it needs, and the largest one ends last.
@@ -207,11 +212,19 @@ class Multiplication {
     t.a_depth_stride = pack_a ? kernel_.tile_rows : p_.a.col_stride;
     const bool from_c = d > 0 || p_.accumulate;
     t.start_stride = from_c ? p_.c_stride : 0;
+    t.fetch = nullptr;
+    t.fetch_stride = p_.c_stride;
     const std::size_t group_tiles = pack_a ? tiles_of_group : 1, most_together = kept ? end - first : panels_to_finish;
     for (std::size_t group = first_tile; group < last_tile; group += group_tiles) {
       const std::size_t group_end = std::min(last_tile, group + group_tiles);
       const std::size_t group_row = row_begin(group), group_rows = row_begin(group_end) - group_row;
       if (pack_a) pack_group(group, group_end, d, depth, scratch);
+      // Where C is kept: its tile after this one.
+      const auto c_after = [&](std::size_t tile, std::size_t i) -> const T* {
+        if (tile + 1 < group_end) return p_.c + row_begin(tile + 1) * p_.c_stride + panels[i].col;
+        if (first + i + 1 < end) return p_.c + group_row * p_.c_stride + panels[i + 1].col;
+        return group_end < last_tile ? p_.c + row_begin(group_end) * p_.c_stride + panels[0].col : nullptr;
+      };
       for (std::size_t together = 0; together < end - first; together += most_together) {
         const std::size_t last_together = std::min(end - first, together + most_together) - 1;
         const std::size_t col = panels[together].col, cols = panels[last_together].col + panels[last_together].present - col;
@@ -224,21 +237,16 @@ class Multiplication {
           t.columns = now.present;
           for (std::size_t tile = group; tile < group_end; ++tile) {
             const std::size_t row = row_begin(tile), rows = row_begin(tile + 1) - row;
-            if (fetch_updated_) prefetch_updated(row, rows, now.col, now.present);
             t.a = pack_a ? scratch + (tile - group) * kernel_.tile_rows * depth : p_.a.at(row, d);
             t.c = c + (row - group_row) * t.c_stride + (now.col - col);
             t.start = from_c ? t.c : p_.bias ? p_.bias + now.col : nullptr;
+            if (fetch_) t.fetch = kept ? c_after(tile, i) : p_.updated + row * p_.c_stride + now.col;
             kernel_.gemm_tile[rows - 1][now.vectors - 1](t);
           }
         }
         if (last && p_.finish) p_.finish({group_row, group_rows, col, cols, c, t.c_stride});
       }
     }
-  }
-
-  void prefetch_updated(std::size_t row, std::size_t rows, std::size_t col, std::size_t cols) const {
-    for (std::size_t r = row; r < row + rows; ++r)
-      for (std::size_t k = 0; k < cols; k += line) __builtin_prefetch(p_.updated + r * p_.c_stride + col + k, 1);
   }
 
   // Lays out the strips of A of some tiles, one behind the other.
@@ -255,9 +263,10 @@ class Multiplication {
   const KernelTable<T>& kernel_;
   Panels panels_;
   std::size_t row_tiles_;
+  bool small_b_;
   bool unpacked_;
   bool pack_a_;
-  bool fetch_updated_;
+  bool fetch_;
   Blocking blocking_;
   Tasks tasks_;
   int threads_;

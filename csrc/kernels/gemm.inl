@@ -10,13 +10,24 @@ template <class T, int Rows, int Vectors>
 void gemm_tile(const GemmTile<T>& t) {
   constexpr size_t w = lanes<T>;
   const size_t last = t.columns - (Vectors - 1) * w;  // elements of the last vector
-  Vector<T> sum[Rows][Vectors];
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) {
-      const T* const from = t.start + r * t.start_stride + v * w;
-      sum[r][v] = !t.start ? zero<T>() : v < Vectors - 1 ? load(from) : load_up_to(from, last);
-    }
+  const bool whole = last == w;
+  Vector<T> sum[Rows][Vectors];  // stays in registers because every loop over it is unrolled
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    const T* const from = t.start + r * t.start_stride;
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v)
+      sum[r][v] = !t.start ? zero<T>() : whole || v < Vectors - 1 ? load(from + v * w) : load_partial(from + v * w, last);
+  }
+  if (t.fetch) {
+    constexpr size_t line = 64 / sizeof(T), lines = (Vectors * w + line - 1) / line + 1;  // of a row, which may begin within one
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (size_t l = 0; l < lines; ++l) __builtin_prefetch(t.fetch + r * t.fetch_stride + l * line, 1);
+  }
   const T* row[Rows];
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) row[r] = t.a + r * t.a_row_stride;
   const T* b = t.b;
   const size_t a_step = t.a_depth_stride, b_step = t.b_stride;
@@ -32,10 +43,11 @@ void gemm_tile(const GemmTile<T>& t) {
       for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(factor, column[v], sum[r][v]);
     }
   }
-  T* c = t.c;
-  for (int r = 0; r < Rows; ++r, c += t.c_stride) {
-    for (int v = 0; v < Vectors - 1; ++v) store(c + v * w, sum[r][v]);
-    store_up_to(c + (Vectors - 1) * w, sum[r][Vectors - 1], last);
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    T* const c = t.c + r * t.c_stride;
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) whole || v < Vectors - 1 ? store(c + v * w, sum[r][v]) : store_partial(c + v * w, sum[r][v], last);
   }
 }
 
