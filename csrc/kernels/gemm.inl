@@ -24,7 +24,7 @@ void gemm_tile(const GemmTile<T>& t) {
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-      for (size_t l = 0; l < lines; ++l) __builtin_prefetch(t.fetch + r * t.fetch_stride + l * line, 1);
+      for (size_t l = 0; l < lines; ++l) prefetch_to_write(t.fetch + r * t.fetch_stride + l * line);
   }
   const T* row[Rows];
 #pragma GCC unroll 16
@@ -90,7 +90,7 @@ inline void pack_transposed(size_t depth, size_t present, const T* source, size_
       for (int i = 0; i < N; ++i) {
         v[i] = *reinterpret_cast<const U*>(source + i * stride + d);
         // Sequences whose starts are a power of two apart are too many for the prefetchers: 20 % of a matrix read once from memory.
-        __builtin_prefetch(source + i * stride + d + 8 * N, 0, 0);
+        __builtin_prefetch(source + i * stride + d + 8 * N, 0, 2);
       }
     } else {
       for (int i = 0; i < N; ++i) v[i] = (size_t)i < present ? *reinterpret_cast<const U*>(source + i * stride + d) : V{};
