@@ -17,8 +17,8 @@ from benchmarks.measure import Contender, Group, Run, UnavailableError
 
 # widths, batch, steps of an epoch: enough that what a run does once does not count
 NETWORKS = (
-    ((13, 64, 64, 1), 32, 256),
-    ((13, 64, 64, 1), 256, 64),
+    ((13, 64, 64, 1), 32, 1024),
+    ((13, 64, 64, 1), 256, 256),
     ((784, 512, 10), 128, 64),
     ((784, 512, 512, 10), 128, 64),
     ((1024, 1024, 1024, 1024), 512, 16),

@@ -28,6 +28,8 @@ constexpr std::size_t depth_copied = 8;
 constexpr std::size_t tiles_to_pack_b = 3, tiles_to_pack_small_b = 65;
 // Cycles for each element packed, a transposition (from L2), next to 2 multiply-adds of a vector in a cycle.
 constexpr double cycles_to_pack = 0.25;
+// And for each element of A and B that a part reads, which another core may have written.
+constexpr double cycles_to_read = 0.5;
 // From tasks of so many cycles on, about 2 ms, each is cut in two, so that a core which is shared with others takes fewer of them. More
 // pieces cost: at 2,048^3, 4 for each thread reach 460 GFLOP/s, 2 reach 500 and 1 reaches 510.
 constexpr double cycles_of_task = 8'000'000;
@@ -126,7 +128,8 @@ class Multiplication {
       const double vectors = static_cast<double>(ceil_divide(panels_.vectors, col_parts));
       const double blocks = static_cast<double>(ceil_divide(ceil_divide(panels_.count, col_parts), blocking_.panels));
       const double packed_b = p_.packed || unpacked_ ? 0.0 : vectors * lanes;
-      return depth * (rows * vectors / 2 + cycles_to_pack * (packed_b + rows * blocks));
+      const double packed_a = pack_a_ ? rows * blocks : 0.0;
+      return depth * (rows * vectors / 2 + cycles_to_pack * (packed_a + packed_b) + cycles_to_read * (rows + vectors * lanes));
     };
     const double whole = cycles(1, 1);
     tasks_ = {1, 1};

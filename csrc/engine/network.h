@@ -59,7 +59,7 @@ struct NetworkScratch {
   std::size_t rows = 0;              // of one pass
   std::size_t capacity = 0;          // of a call
   std::vector<std::size_t> outputs;  // of each layer: where they begin in the arena, and so on
-  std::size_t gradients[2] = {};     // of a layer's output and of its input, in turn
+  std::vector<std::size_t> gradients;  // at the output of each layer from the first linear one on; an activation's becomes its input's
   std::size_t gathered = 0;          // the rows of x that an index scatters, and their targets
   std::size_t targets = 0;
   AlignedVector<T> arena;

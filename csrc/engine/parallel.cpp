@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
+#include <cmath>
 #include <cstdlib>
 #include <exception>
 #include <limits>
@@ -324,8 +325,9 @@ StepPacer::Trials& StepPacer::kept() {
 
 void StepPacer::step_done() {
   if (!alone && !std::exchange(shared, false)) return;  // steps that share nothing need no look at the clock
-  constexpr std::chrono::microseconds warm_up{50}, window{200}, longest_step{400};
-  const auto now = Clock::now();
+  constexpr std::chrono::microseconds caches_change_hands{50}, threads_wake{500}, window{200}, longest_step{400};
+  const auto warm_up = trials_.phase == Phase::trying_shared && !trials_.pays ? threads_wake : caches_change_hands;
+  const Clock::time_point now = Clock::now();
   const Clock::duration taken = now - begin_;
   ++steps_;
   if (warming_up_ ? taken < warm_up : taken < window || (steps_ == 1 && taken < longest_step)) return;
@@ -342,8 +344,9 @@ void StepPacer::step_done() {
 }
 
 void StepPacer::end_window(double steps_per_second) {
-  // Windows between two trials, 2 ms to 0.2 s: a wrong choice does not last, and trials cost little.
-  constexpr int least = 10, most = 1000;
+  // Windows between two trials, 2 ms to 0.2 s: a wrong choice does not last, and trials cost little. Close rates, which a thread without a
+  // core would give too, are tried again after 10 ms.
+  constexpr int least = 10, most = 1000, most_if_close = 50;
   Trials& t = trials_;
   if (t.phase == Phase::settled) {
     if (--t.windows_left <= 0) enter(Phase::trying_shared);
@@ -351,10 +354,11 @@ void StepPacer::end_window(double steps_per_second) {
     t.shared_rate = steps_per_second;
     enter(Phase::trying_alone);
   } else {
-    const bool pays = t.shared_rate >= steps_per_second;
-    t.windows_to_keep = pays == t.pays ? std::clamp(2 * t.windows_to_keep, least, most) : least;
+    const double gain = t.shared_rate / steps_per_second;
+    const bool same = t.pays == (gain >= 1.0);
+    t.windows_to_keep = same ? std::clamp(2 * t.windows_to_keep, least, std::abs(gain - 1.0) < 0.1 ? most_if_close : most) : least;
     t.windows_left = t.windows_to_keep;
-    t.pays = pays;
+    t.pays = gain >= 1.0;
     enter(Phase::settled);
   }
 }
@@ -387,12 +391,10 @@ void set_thread_count(int count) {
   configured.store(count, std::memory_order_relaxed);
 }
 
-bool openmp_enabled() {
 #if defined(_OPENMP)
-  return true;
+bool openmp_enabled() { return true; }
 #else
-  return false;
+bool openmp_enabled() { return false; }
 #endif
-}
 
 }  // namespace gdlib
