@@ -181,14 +181,13 @@ def flops_and_bytes(widths: tuple[int, ...], batch_size: int) -> tuple[float, fl
 
 def _group(widths: tuple[int, ...], batch_size: int, steps: int) -> Group:
     flops, moved = flops_and_bytes(widths, batch_size)
-    threads = 1 if widths[0] == 13 else machine.THREADS  # the small ones have too little work for two
     contenders = [
         Contender("gdlib fit", gdlib_fit, steps),
         Contender("NumPy", partial(numpy_network, dtype="float32"), steps),
         *peers.pytorch("PyTorch", partial(pytorch_loop, fused=False), steps),
         *peers.pytorch("PyTorch", partial(pytorch_loop, fused=True), steps, "fused SGD"),
         Contender("JAX jit(scan)", jax_scan, steps),
-        machine.fma_peak("float32", threads, flops),
+        machine.fma_peak("float32", machine.THREADS, flops),
     ]
     note = f"A run is an epoch of {steps} steps in order; the parameters after the first agree with float64 to {TOLERANCE:g} of their way."
     title = f"Network {'-'.join(map(str, widths))}, batch {batch_size}"

@@ -47,7 +47,7 @@ PyTorch with MKL, into arrays that are there already. The limit is the FMA peak;
 NETWORKS_NOTE = f"""Linear layers with ReLU between, mean squared error, plain SGD, whole epochs over the same batches in order. Everyone
 starts from equal parameters; those after the first epoch agree with float64 to {networks.TOLERANCE:g} of the way that they have gone.
 PyTorch runs the usual loop over batches that are there already, SGD plain or fused; JAX an epoch in one jit(lax.scan). The limit is the
-FMA peak of {machine.plural(machine.THREADS)}, for 13-64-64-1 of one.
+FMA peak of {machine.plural(machine.THREADS)}.
 """
 THREADS_NOTE = """The limit is the FMA peak, for the largest descent the read bandwidth: what the machine itself gains by its threads.
 """
@@ -55,24 +55,27 @@ LIMITS_NOTE = """What keeps the rows marked "no" from their aims, and what was t
 this machine unless another is named. It is shared: for minutes at a time everything is 1.3 to 1.6 times as slow, which single
 calls and the straight lines of costs meet too.
 
-- Gradient descent, 1,000 features, share of the bandwidth: a core can wait for some 24 lines that its own instructions asked for, which is
-  16 GB/s here; only the prefetcher of its L2, which follows reading in order, keeps more on their way (28 GB/s). Up to 256 features rows
-  are therefore read in order (21 GB/s for one core, 28 to 30 of 32 for two); a block of wider ones is beyond L1, and its gradient then
-  waits for L2 (17 and 25 GB/s either way). Tried for it: blocks of 4 rows, which fit L1 (15), requests past the caches (12), to L1 (12 to
-  14), to L2 (17, used), in the order of memory, split between both passes, for the first rows alone, 2 and 4 chains a row (all within 5 %).
-- The same beside NumPy: its two passes over 1,000 features reach 24 of 32 GB/s, so that one at the full bandwidth would be 2.6 times as
-  fast: 3 times cannot be had. The same holds for PyTorch there.
-- 2048^3: one core alone reaches 90 % of the FMA peak forward and 89 % in the gradients, two 88 to 95 %; 96 % of the time is spent in the
-  tile. Tried: rows of the left operand copied (5 to 13 % slower, no longer done), strips of copied columns as deep as others (5 % faster,
-  used), blocks of depth of 1, 2, 4 and 8 KiB, shared blocks of 0.5, 2 and 4 MiB, groups of 4, 8 and 16 tiles (within 3 % of the best),
-  requests for the panel 8 and 16 steps ahead (5 % slower).
-- Networks: from 784-512-10 up 86 to 92 % of the FMA peak is reached, and JAX reaches 71 to 86 %: 1.0 to 1.3 is what lies between them.
-- The least of products, and threads: works of some 50 us to 1 ms whose second core is taken away for milliseconds now and then. The least
-  of 32 products was 0.953, 0.949 and 0.947 in three runs, each time another product. Tried: a team of threads that is not waited for
-  (used), huge pages for what is packed (a row of 4096 weights from 0.85 to 1.05; used), longer rests between contenders, other block sizes.
-- One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, and before rows were read in order, requests went to
-  L2 and strips were as deep as others, the code was 13.9x scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x
-  NumPy in descents.
+- Gradient descent, 1,000 features, beside NumPy and PyTorch: NumPy's two passes reach 24 of 32 GB/s there, so that one pass at the full
+  bandwidth would be 2.5 times as fast: 3 times cannot be had. What the share of the bandwidth (86 to 100 %, before 72 %) took: a core can
+  wait for some 24 lines that its own instructions asked for, which is 16 GB/s; the prefetcher of its L2, which follows reading in order,
+  keeps more on their way (28 GB/s). So rows up to 8 KiB are read in order, and during the gradient of a block beyond L1 every fourth line
+  of what follows is asked for, to keep it going (18 -> 21 GB/s for one core). Partial gradients, added column by column on one thread,
+  took 10 % of two threads' time; they are added as they lie. Tried: single rows, dot product and gradient at once (27 GB/s up to 4 KiB, 14
+  beyond, and 6 shuffled), the dot product of the next 1, 2 and 4 rows within the gradient of the last ones (25, 14, 16), blocks of 4 rows,
+  all lines of 2/8, 3/8 and 4/8 of the next block, every second and eighth one (within 5 %), requests to L1 (10 % slower).
+- 2048^3: one core alone reaches 93 to 95 % of the FMA peak forward and 92 to 93 % in the gradients (before 90 and 87 %), two 90 to 94 %.
+  What it took: the sums of a tile went over the stack at its begin and end, 300 cycles each time (loops that were not unrolled); tiles of C
+  are asked for ahead, to be written (3 %); panels of B fill three fourths of L2 and not half (1 %); groups of copied strips meet 3 MiB of B
+  (2 %), 8 steps of depth are copied at a time (2 %). Tried without gain: rows of A asked for ahead, wholly or their first 1 to 32 lines;
+  copies asked for ahead; blocks of depth of 2, 5.6 and 8 KiB; groups of 4, 16 and 32 tiles; 0.7, 1, 4 and 8 MiB of B.
+- Networks: from 784-512-10 up 84 to 89 % of the FMA peak is reached, and JAX reaches 71 to 86 %: 1.0 to 1.3 is what lies between them. In
+  1024-1024-1024-1024 tiles take 92 % of the time, layouts 3.5 %, updates and activations 2 %. In 13-64-64-1 two threads gain 1.4 in
+  batches of 256, each taking its rows through all layers (before 1.08), and nothing in batches of 32, where one thread is at 70 % of the
+  peak; layouts, updates and calls are the rest.
+- One row, and R^2: in quiet minutes one row takes 0.3 us. The epochs that should lie on a line have 8 to 134 MB of data, which other users
+  of the shared cache leave more or less of; R^2 was 0.984 in the run before.
+- One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, before all that is said above, the code was 13.9x
+  scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
 """
 SCALING_NOTE = """The exponent is the slope of the straight line through the logarithms of cost and size: 1 is proportional, -1 for threads.
 Few threads give few points, which a line meets exactly: no R^2. Sizes begin where the work is more than the call.

@@ -66,7 +66,8 @@ def test_full_batches_of_many_passes():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("rows", "hidden", "batch"), [(9000, 40, 9000), (9000, 7, 5000), (1000, 64, 32)])
+# In several passes, each of whose products is cut; small weights, of whose batch each thread takes some rows; steps too short to share.
+@pytest.mark.parametrize(("rows", "hidden", "batch"), [(9000, 40, 9000), (9000, 7, 5000), (2000, 120, 101), (1000, 64, 32)])
 def test_the_same_bits_for_every_thread_count(threads, dtype, rows, hidden, batch):
     X, y = problem(rows, dtype=dtype)
 
@@ -79,6 +80,23 @@ def test_the_same_bits_for_every_thread_count(threads, dtype, rows, hidden, batc
     got = run()
     gdlib.set_num_threads(1)
     assert run() == got
+
+
+def test_rows_of_a_thread_go_through_activations_anywhere(threads):
+    """Before the first linear layer, two in a row, and at the end; batches that no number of threads divides."""
+    X, y = problem(1500)
+
+    def run():
+        layers = [Tanh(), Linear(5, 70, seed=0, dtype=np.float64), ReLU(), Sigmoid(), Linear(70, 70, seed=1, dtype=np.float64), Tanh()]
+        model = Sequential(*layers, Linear(70, 2, seed=2, dtype=np.float64), Sigmoid())
+        history = fit(model, X, y, loss=MSELoss(), optimizer=SGD(model.parameters(), lr=0.1), epochs=2, batch_size=151, seed=3)
+        return model, history.loss
+
+    shared, losses = run()
+    gdlib.set_num_threads(1)
+    alone, wanted = run()
+    assert shared._arena.data.tobytes() == alone._arena.data.tobytes()
+    assert losses == wanted
 
 
 def test_a_lone_linear_in_a_sequential_is_that_linear():
