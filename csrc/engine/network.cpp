@@ -39,12 +39,12 @@ namespace {
 // 50 ms on two cores), so that Ctrl-C is answered; at most 4096, beyond which products gain nothing.
 constexpr std::size_t least_rows = 64, most_rows = 4096, most_bytes = 64 << 20, most_work = 1'000'000'000;
 
-// Into how many parts, of rows each, a step is cut: one for each thread where every core's cache has room for all weights, next to the rows.
+// Into how many parts, of rows each, a step is cut: one for each thread where every core's cache has room for all weights, next to rows.
 // Each part lays the weights out for itself, a fourth of the time of 16 rows. Larger weights are cut by each product instead.
 template <class T>
 std::size_t row_parts(const Network& network, std::size_t rows) {
-  constexpr std::size_t least_part = 16;
-  if (network.parameters() * sizeof(T) > l2_bytes() / 4) return 1;
+  constexpr std::size_t least_part = 16, most_work_of_step = 50'000'000;  // multiply-adds: parts are not interrupted
+  if (network.parameters() * sizeof(T) > l2_bytes() / 4 || rows * network.parameters() > most_work_of_step) return 1;
   const double cycles = static_cast<double>(rows) * static_cast<double>(network.parameters()) / 4.0;  // there and back
   return std::max<std::size_t>(1, std::min<std::size_t>(threads_for(cycles), rows / least_part));
 }
@@ -67,7 +67,7 @@ NetworkScratch<T>::NetworkScratch(const Network& network, std::size_t batch_rows
   std::size_t per_row = 0, most_weights = 1;
   for (std::size_t i = 0; i < layers.size(); ++i) {
     per_row += works_in_place(network, i) ? 0 : layers[i].out_features;
-    if (need == Need::gradient && layers[i].is_linear()) per_row += layers[i].out_features;
+    if (need == Need::gradient && (layers[i].is_linear() || i == 0)) per_row += layers[i].out_features;
     most_weights = std::max(most_weights, layers[i].weights());
   }
   if (scattered) per_row += network.in_features() + network.out_features();

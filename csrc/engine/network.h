@@ -56,11 +56,11 @@ struct NetworkScratch {
   // For calls with at most `batch_rows` rows, scattered by an index or not.
   NetworkScratch(const Network& network, std::size_t batch_rows, bool scattered, Need need);
 
-  std::size_t rows = 0;              // of one pass
-  std::size_t capacity = 0;          // of a call
-  std::vector<std::size_t> outputs;  // of each layer: where they begin in the arena, and so on
-  std::vector<std::size_t> gradients;  // at the output of each layer from the first linear one on; an activation's becomes its input's
-  std::size_t gathered = 0;          // the rows of x that an index scatters, and their targets
+  std::size_t rows = 0;                // of one pass
+  std::size_t capacity = 0;            // of a call
+  std::vector<std::size_t> outputs;    // of each layer: where they begin in the arena, and so on
+  std::vector<std::size_t> gradients;  // at each layer's output; an activation's becomes its input's in place
+  std::size_t gathered = 0;            // the rows of x that an index scatters, and their targets
   std::size_t targets = 0;
   AlignedVector<T> arena;
   AlignedVector<double> sums;    // of gradients, where a step takes several passes

@@ -7,10 +7,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
-#include <cmath>
 #include <cstdlib>
 #include <exception>
 #include <limits>
@@ -344,8 +344,8 @@ void StepPacer::step_done() {
 }
 
 void StepPacer::end_window(double steps_per_second) {
-  // Windows between two trials, 2 ms to 0.2 s: a wrong choice does not last, and trials cost little. Close rates, which a thread without a
-  // core would give too, are tried again after 10 ms.
+  // Windows between two trials, 2 ms to 0.2 s: a wrong choice does not last, and trials cost little. 10 ms at most where the rates are within
+  // 10 % of each other: so they are where the other thread had no core, too.
   constexpr int least = 10, most = 1000, most_if_close = 50;
   Trials& t = trials_;
   if (t.phase == Phase::settled) {

@@ -97,7 +97,7 @@ struct GemmTile {
   T* c;                    // [rows, columns], rows c_stride apart
   size_t c_stride;
   size_t columns;
-  const T* fetch;          // as many rows and columns, fetch_stride apart, which are read and written next: asked for meanwhile; or null
+  const T* fetch;          // about as many rows and columns, fetch_stride apart, that are written next: asked for meanwhile; or null
   size_t fetch_stride;
 };
 

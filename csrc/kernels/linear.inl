@@ -67,7 +67,7 @@ inline Vector<T> group_dot(const T* const* row, size_t in_features, const T* wei
 enum class Ahead {
   nothing,
   rows,   // all of the next block
-  trace,  // every fourth line of the first half of the block behind this one, to keep the processor's own prefetching on its way
+  trace,  // a line of every four vectors in the first half of the block behind this one, to keep the processor's own prefetching on its way
 };
 
 // gradient[Vectors * lanes] (+)= sum over the block of factor * row, for Vectors whole vectors of features or, with a tail, part of one.

@@ -154,9 +154,9 @@ inline Vector<T> load_first(const T* p, size_t count) {
 #endif
 
 // Asks for the cache line of p before it is written. __builtin_prefetch asks for a copy to read unless told that the CPU can do better, and
-// taking the line from another core is then still to come; a CPU that cannot does nothing.
+// taking the line from another core is then still to come. CPUs with AVX2 know the instruction, or take it for nothing.
 inline void prefetch_to_write(const void* p) {
-#if defined(__x86_64__)
+#if defined(__AVX2__)
   asm volatile("prefetchw %0" : : "m"(*(const char*)p));
 #else
   __builtin_prefetch(p, 1);

@@ -10,9 +10,9 @@ from tests.kernels.guarded import Guarded, poisoned, values
 THREADS = (1, 2, 3, 5, 7, 8)
 
 # (rows, in_features, out_features). A product has panels of up to 3 vectors and strips of up to 8 rows; a block of depth ends at 4 KiB of
-# a row, or where L2 is full; A is laid out anew where its rows are a page or a multiple of 1 KiB apart; work for threads begins at about
-# 40,000 cycles; the rows of a gradient are cut after 16,384. With fewer than 8 outputs a task has 512 KiB of x, at least 64 rows. In a
-# gradient, rows are the depth and in_features the columns.
+# a row, or where two panels fill half of L2; A is laid out anew where its rows are a page or a multiple of 1 KiB apart; work for threads
+# begins at about 40,000 cycles; the rows of a gradient are cut after 16,384. With fewer than 8 outputs a task has 512 KiB of x, at least
+# 64 rows. In a gradient, rows are the depth and in_features the columns.
 SHAPES = [
     (95, 255, 9),
     (96, 256, 8),
