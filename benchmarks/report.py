@@ -72,8 +72,9 @@ calls and the straight lines of costs meet too.
   1024-1024-1024-1024 tiles take 92 % of the time, layouts 3.5 %, updates and activations 2 %. In 13-64-64-1 two threads gain 1.4 in
   batches of 256, each taking its rows through all layers (before 1.08), and nothing in batches of 32, where one thread is at 70 % of the
   peak; layouts, updates and calls are the rest.
-- One row, and R^2: in quiet minutes one row takes 0.3 us. The epochs that should lie on a line have 8 to 134 MB of data, which other users
-  of the shared cache leave more or less of; R^2 was 0.984 in the run before.
+- What other users of the machine cost: in quiet minutes one row takes 0.3 us. Of two whole runs the first met 86 % of the bandwidth and
+  1.83 for threads, the second 66 % and 1.52; the same works alone, minutes later, 88 % and 1.89. The epochs that should lie on a line have
+  8 to 134 MB of data, of which a shared cache holds more or less; R^2 was 0.984 in an earlier run, and 0.949 and 0.951 in these.
 - One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, before all that is said above, the code was 13.9x
   scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
 """
