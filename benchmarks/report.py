@@ -63,7 +63,7 @@ calls and the straight lines of costs meet too.
   took 10 % of two threads' time; they are added as they lie. Tried: single rows, dot product and gradient at once (27 GB/s up to 4 KiB, 14
   beyond, and 6 shuffled), the dot product of the next 1, 2 and 4 rows within the gradient of the last ones (25, 14, 16), blocks of 4 rows,
   all lines of 2/8, 3/8 and 4/8 of the next block, every second and eighth one (within 5 %), requests to L1 (10 % slower).
-- 2048^3: one core alone reaches 93 to 95 % of the FMA peak forward and 92 to 93 % in the gradients (before 90 and 87 %), two 90 to 94 %.
+- 2048^3: one core alone reaches 93 to 95 % of the FMA peak forward and 92 to 93 % in the gradients (before 90 and 87 %), two 87 to 94 %.
   What it took: the sums of a tile went over the stack at its begin and end, 300 cycles each time (loops that were not unrolled); tiles of C
   are asked for ahead, to be written (3 %); panels of B fill three fourths of L2 and not half (1 %); groups of copied strips meet 3 MiB of B
   (2 %), 8 steps of depth are copied at a time (2 %). Tried without gain: rows of A asked for ahead, wholly or their first 1 to 32 lines;

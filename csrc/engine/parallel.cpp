@@ -327,7 +327,7 @@ void StepPacer::step_done() {
   if (!alone && !std::exchange(shared, false)) return;  // steps that share nothing need no look at the clock
   constexpr std::chrono::microseconds caches_change_hands{50}, threads_wake{500}, window{200}, longest_step{400};
   const auto warm_up = trials_.phase == Phase::trying_shared && !trials_.pays ? threads_wake : caches_change_hands;
-  const Clock::time_point now = Clock::now();
+  const auto now = Clock::now();
   const Clock::duration taken = now - begin_;
   ++steps_;
   if (warming_up_ ? taken < warm_up : taken < window || (steps_ == 1 && taken < longest_step)) return;
