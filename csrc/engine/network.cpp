@@ -198,23 +198,20 @@ class Pass {
     return true;
   }
 
-  // What follows `backward`: into[parameters] = their gradient. Stops early after an interrupt.
-  void parameter_gradients(T* into) {
+  // What follows `backward`: into[parameters] = their gradient, or, with `finished`, memory for what that visits. Stops early after an
+  // interrupt, except with `finished`: a step is made whole.
+  void parameter_gradients(T* into, SegmentVisitor<T> finished) {
     for (std::size_t i = network_.layers().size(); i-- > 0;) {
       const Layer& layer = network_.layers()[i];
       if (!layer.is_linear()) continue;
-      if (interrupted(rows_ * layer.weights())) return;
       T* const weights = into + layer.begin_weight;
+      if (finished) {
+        update(layer, gradient(i), input(i), input_stride(i), weights, finished);
+        continue;
+      }
+      if (interrupted(rows_ * layer.weights())) return;
       linear_weight_gradient<T>(rows_, layer.in_features, layer.out_features, gradient(i), input(i), input_stride(i), false, weights,
                                 layer.has_bias ? weights + layer.weights() : nullptr);
-    }
-  }
-
-  // The same, but visited by `finished`; `memory` has room for all of it.
-  void visit_parameter_gradients(T* memory, SegmentVisitor<T> finished) {
-    for (std::size_t i = network_.layers().size(); i-- > 0;) {
-      const Layer& layer = network_.layers()[i];
-      if (layer.is_linear()) update(layer, gradient(i), input(i), input_stride(i), memory + layer.begin_weight, finished);
     }
   }
 
@@ -335,7 +332,7 @@ double network_squared_error_gradient(const Network& network, const Batch<T>& ba
     const double loss = pass.squared_error();
     if (finished && !std::isfinite(loss)) return loss;
     if (parts == 1 && !pass.backward()) return loss;
-    finished ? pass.visit_parameter_gradients(gradient, finished) : pass.parameter_gradients(gradient);
+    pass.parameter_gradients(gradient, finished);
     return loss;
   }
   scratch.sums.assign(n, 0.0);  // sums of many passes are carried in double
@@ -345,7 +342,7 @@ double network_squared_error_gradient(const Network& network, const Batch<T>& ba
     if (!pass.forward(false)) return loss;
     loss += pass.squared_error();
     if (!pass.backward()) return loss;
-    pass.parameter_gradients(gradient);
+    pass.parameter_gradients(gradient, {});
     if (interrupt.requested()) return loss;
     for (std::size_t i = 0; i < n; ++i) scratch.sums[i] += static_cast<double>(gradient[i]);
   }
