@@ -24,6 +24,12 @@ constexpr size_t lane_bytes = 32;
 constexpr size_t lane_bytes = 16;
 #endif
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr size_t vector_registers = 32;
+#else
+constexpr size_t vector_registers = 16;
+#endif
+
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(lane_bytes)));

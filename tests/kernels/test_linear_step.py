@@ -119,6 +119,20 @@ def test_several_tasks(isa, dtype, shape, seed):
         assert [array.tobytes() for array in other] == [array.tobytes() for array in results[0]]
 
 
+@pytest.mark.parametrize("out", [1, 2])
+def test_shuffled_rows_give_the_bits_of_rows_that_lie_in_that_order(isa, dtype, out):
+    """Few rows, which a cache holds, and many: each is read in the way that suits it."""
+    rng = np.random.default_rng(out)
+    for width in (1, 3, 9, 16, 17, 40, 100, 127, 128, 129, 300):
+        for rows in (77, 2_400_000 // width // np.dtype(dtype).itemsize):
+            x, target, start = values(rng, (rows, width), dtype), values(rng, (rows, out), dtype), values(rng, out * (width + 1), dtype)
+            order = _core.shuffle_order(7, rows)
+            shuffled, lying = (start.copy(), np.zeros(1)), (start.copy(), np.zeros(1))
+            descend(x, target, shuffled[0], True, np.array([7], np.uint64), shuffled[1])
+            descend(x[order], target[order], lying[0], True, None, lying[1])
+            assert [array.tobytes() for array in shuffled] == [array.tobytes() for array in lying], f"{rows} x {width}"
+
+
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("rows", [1, 31, 2003])
 def test_squared_error(isa, dtype, rows, has_bias):

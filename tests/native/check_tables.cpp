@@ -115,6 +115,23 @@ void check_step(std::size_t rows, std::size_t in, std::size_t out) {
   bool good = close(static_cast<T>(loss), wanted_loss, loss_size, 2 * in + rows + 3);
   for (std::size_t i = 0; i < wanted.size(); ++i) good = good && close(gradient[i], wanted[i], size[i], in + rows);
   expect(good, "step " + std::to_string(rows) + " x " + std::to_string(in) + " x " + std::to_string(out));
+
+  // Neither an index nor where the rows come from shows in the bits, but for the order in which it puts them.
+  std::vector<T> x_there(x.size()), y_there(y.size());
+  for (std::size_t r = 0; r < rows; ++r) {
+    std::copy_n(x.data() + order[r] * in, in, x_there.data() + r * in);
+    std::copy_n(y.data() + order[r] * out, out, y_there.data() + r * out);
+  }
+  good = true;
+  for (const bool indexed : {false, true})
+    for (const bool from_memory : {false, true}) {
+      const gdlib::Batch<T> same{indexed ? x.data() : x_there.data(),   in,   indexed ? y.data() : y_there.data(),
+                                 indexed ? order.data() : nullptr, rows, 0, from_memory};
+      std::vector<T> other(shape.parameters());
+      good = good && gdlib::linear_squared_error_gradient(shape, same, p.data(), other.data(), scratch, interrupt) == loss;
+      good = good && std::equal(other.begin(), other.end(), gradient.begin());
+    }
+  expect(good, "same bits of step " + std::to_string(rows) + " x " + std::to_string(in) + " x " + std::to_string(out));
 }
 
 template <class T>
@@ -151,7 +168,8 @@ void check_updates(std::size_t n) {
     auto p = numbers<T>(rows * stride, 12), buffer = numbers<T>(rows * stride, 13);
     const auto g = numbers<T>(rows * gradient_stride, 14);
     std::vector<double> wanted(p.begin(), p.end()), wanted_buffer(buffer.begin(), buffer.end());
-    gdlib::SgdUpdate<T> update{rows, n, typed, T(0.5), first, g.data(), gradient_stride, p.data(), has_momentum ? buffer.data() : nullptr, stride};
+    gdlib::SgdUpdate<T> update{rows,     n,        typed, T(0.5), first, g.data(), gradient_stride,
+                               p.data(), has_momentum ? buffer.data() : nullptr, stride};
     bool good = gdlib::table<T>().sgd_update(update);
     for (std::size_t r = 0; r < rows; ++r)
       for (std::size_t i = 0; i < n; ++i)
@@ -385,6 +403,7 @@ void check_all() {
         check_layer<T>(rows, in, out);
         check_step<T>(rows, in, out);
       }
+  for (std::size_t in : {100, 128, 256, 257}) check_step<T>(67, in, 2);
   check_layer<T>(130, 300, 100);  // several blocks of depth and rows
   for (std::size_t n = 1; n < 40; ++n) {
     check_vectors<T>(n);
