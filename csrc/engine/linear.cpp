@@ -14,9 +14,9 @@ namespace {
 
 // weight_gradient[out, in] = g[rows, out]^T x[rows, in], one chain over the rows for each element.
 template <class T>
-Product<T> weight_product(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
+Product<T> weight_product(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, std::size_t g_stride, const T* x,
                           std::size_t x_stride, T* weight_gradient) {
-  Product<T> p{out_features, in_features, rows, {g, 1, out_features}, {x, x_stride, 1}};
+  Product<T> p{out_features, in_features, rows, {g, 1, g_stride}, {x, x_stride, 1}};
   p.c = weight_gradient;
   p.c_stride = in_features;
   return p;
@@ -29,8 +29,8 @@ void weight_product_in_parts(std::size_t rows, std::size_t in_features, std::siz
   const std::size_t n = in_features * out_features, parts = ceil_divide(rows, most_chain);
   const auto part = [&](std::size_t i, T* into) {
     const std::size_t begin = i * most_chain;
-    gemm(weight_product(std::min(most_chain, rows - begin), in_features, out_features, g + begin * out_features, x + begin * x_stride,
-                        x_stride, into));
+    gemm(weight_product(std::min(most_chain, rows - begin), in_features, out_features, g + begin * out_features, out_features,
+                        x + begin * x_stride, x_stride, into));
   };
   if (n <= most_partial / 4) {
     AlignedVector<T> partials(parts * n);
@@ -48,14 +48,14 @@ void weight_product_in_parts(std::size_t rows, std::size_t in_features, std::siz
 
 // total[cols] += column sums of g[rows, cols]: in T over some rows, the rest in double.
 template <class T>
-void add_column_sums(std::size_t rows, std::size_t cols, const T* g, T* total) {
+void add_column_sums(std::size_t rows, std::size_t cols, const T* g, std::size_t g_stride, T* total) {
   constexpr std::size_t block = 512;
-  if (rows <= block) return table<T>().column_sums(rows, cols, g, total);
+  if (rows <= block) return table<T>().column_sums(rows, cols, g, g_stride, total);
   std::vector<double> sums(total, total + cols);
   std::vector<T> part(cols);
   for (std::size_t begin = 0; begin < rows; begin += block) {
     std::fill(part.begin(), part.end(), T(0));
-    table<T>().column_sums(std::min(block, rows - begin), cols, g + begin * cols, part.data());
+    table<T>().column_sums(std::min(block, rows - begin), cols, g + begin * g_stride, g_stride, part.data());
     for (std::size_t c = 0; c < cols; ++c) sums[c] += static_cast<double>(part[c]);
   }
   for (std::size_t c = 0; c < cols; ++c) total[c] = static_cast<T>(sums[c]);
@@ -126,9 +126,9 @@ void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size
   if (bias_gradient && !accumulate) std::fill_n(bias_gradient, out_features, T(0));
   const std::size_t weights = in_features * out_features;
   if (out_features >= few_outputs) {
-    if (bias_gradient) add_column_sums(rows, out_features, g, bias_gradient);
+    if (bias_gradient) add_column_sums(rows, out_features, g, out_features, bias_gradient);
     if (rows <= most_chain) {
-      Product<T> p = weight_product(rows, in_features, out_features, g, x, x_stride, weight_gradient);
+      Product<T> p = weight_product(rows, in_features, out_features, g, out_features, x, x_stride, weight_gradient);
       p.accumulate = accumulate;
       return gemm(p);
     }
@@ -160,20 +160,30 @@ void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size
 }
 
 template <class T>
-void visit_weight_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
-                           std::size_t x_stride, const T* weight, BlockVisitor<T> finish, T* weight_gradient, T* bias_gradient) {
+OutputRange visit_weight_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
+                                  std::size_t x_stride, const T* weight, BlockVisitor<T> finish, T* weight_gradient, T* bias_gradient,
+                                  std::size_t part, std::size_t parts) {
   if (out_features < few_outputs || rows > most_chain) {
+    if (part + 1 < parts) return {0, 0};
     linear_weight_gradient(rows, in_features, out_features, g, x, x_stride, false, weight_gradient, bias_gradient);
-    return finish({0, out_features, 0, in_features, weight_gradient, in_features});
+    finish({0, out_features, 0, in_features, weight_gradient, in_features});
+    return {0, out_features};
   }
+  const std::size_t tile = table<T>().tile_rows, tiles = ceil_divide(out_features, tile);
+  const std::size_t begin = tiles * part / parts * tile, end = std::min(out_features, tiles * (part + 1) / parts * tile);
   if (bias_gradient) {
-    std::fill_n(bias_gradient, out_features, T(0));
-    add_column_sums(rows, out_features, g, bias_gradient);
+    std::fill(bias_gradient + begin, bias_gradient + end, T(0));
+    add_column_sums(rows, end - begin, g + begin, out_features, bias_gradient + begin);
   }
-  Product<T> p = weight_product(rows, in_features, out_features, g, x, x_stride, weight_gradient);
-  p.finish = finish;
-  p.updated = weight;
+  const std::size_t skipped = begin * in_features;
+  Product<T> p = weight_product(rows, in_features, end - begin, g + begin, out_features, x, x_stride, weight_gradient + skipped);
+  const auto finish_here = [&](const Block<T>& block) {
+    finish({begin + block.row, block.rows, block.col, block.cols, block.data, block.stride});
+  };
+  p.finish = finish_here;
+  p.updated = weight + skipped;
   gemm(p);
+  return {begin, end - begin};
 }
 
 #define GDLIB_INSTANTIATE(T)                                                                                                          \
@@ -181,8 +191,8 @@ void visit_weight_gradient(std::size_t rows, std::size_t in_features, std::size_
                                const PackedMatrix<T>*);                                                                               \
   template void linear_input_gradient(std::size_t, std::size_t, std::size_t, const T*, const T*, T*, Activation, const T*);           \
   template void linear_weight_gradient(std::size_t, std::size_t, std::size_t, const T*, const T*, std::size_t, bool, T*, T*);         \
-  template void visit_weight_gradient(std::size_t, std::size_t, std::size_t, const T*, const T*, std::size_t, const T*,               \
-                                      BlockVisitor<T>, T*, T*);
+  template OutputRange visit_weight_gradient(std::size_t, std::size_t, std::size_t, const T*, const T*, std::size_t, const T*,        \
+                                             BlockVisitor<T>, T*, T*, std::size_t, std::size_t);
 GDLIB_INSTANTIATE(float)
 GDLIB_INSTANTIATE(double)
 #undef GDLIB_INSTANTIATE

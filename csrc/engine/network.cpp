@@ -199,14 +199,14 @@ class Pass {
   }
 
   // What follows `backward`: into[parameters] = their gradient, or, with `finished`, memory for what that visits. Stops early after an
-  // interrupt, except with `finished`: a step is made whole.
-  void parameter_gradients(T* into, SegmentVisitor<T> finished) {
+  // interrupt, except with `finished`: a step is made whole, or one of some parts of it, which may be asked for at the same time.
+  void parameter_gradients(T* into, SegmentVisitor<T> finished, std::size_t part = 0, std::size_t parts = 1) const {
     for (std::size_t i = network_.layers().size(); i-- > 0;) {
       const Layer& layer = network_.layers()[i];
       if (!layer.is_linear()) continue;
       T* const weights = into + layer.begin_weight;
       if (finished) {
-        update(layer, gradient(i), input(i), input_stride(i), weights, finished);
+        update(layer, gradient(i), input(i), input_stride(i), weights, finished, part, parts);
         continue;
       }
       if (interrupted(rows_ * layer.weights())) return;
@@ -217,7 +217,8 @@ class Pass {
 
  private:
   // `finished` visits the gradient of a layer's parameters; `memory` has room for it.
-  void update(const Layer& layer, const T* g, const T* x, std::size_t x_stride, T* memory, SegmentVisitor<T> finished) {
+  void update(const Layer& layer, const T* g, const T* x, std::size_t x_stride, T* memory, SegmentVisitor<T> finished, std::size_t part,
+              std::size_t parts) const {
     const std::size_t in = layer.in_features;
     const auto visit = [&](const Block<T>& block) {
       const std::size_t begin = layer.begin_weight + block.row * in + block.col;
@@ -225,11 +226,12 @@ class Pass {
       finished(Segment<T>{begin, block.rows, block.cols, in, block.data, block.stride});
     };
     T* const biases = layer.has_bias ? memory + layer.weights() : nullptr;
-    visit_weight_gradient<T>(rows_, in, layer.out_features, g, x, x_stride, weight(layer), visit, memory, biases);
-    if (biases) finished({layer.begin_weight + layer.weights(), 1, layer.out_features, layer.out_features, biases, layer.out_features});
+    const auto [begin, count] =
+        visit_weight_gradient<T>(rows_, in, layer.out_features, g, x, x_stride, weight(layer), visit, memory, biases, part, parts);
+    if (biases && count) finished({layer.begin_weight + layer.weights() + begin, 1, count, count, biases + begin, count});
   }
 
-  bool interrupted(std::size_t multiply_adds) { return interrupt_ && interrupt_->check_after(multiply_adds); }
+  bool interrupted(std::size_t multiply_adds) const { return interrupt_ && interrupt_->check_after(multiply_adds); }
 
   T* at(std::size_t begin, std::size_t features) const { return scratch_.arena.data() + begin + place_ * features; }
   T* output(std::size_t layer) const { return at(scratch_.outputs[layer], network_.layers()[layer].out_features); }
@@ -332,7 +334,11 @@ double network_squared_error_gradient(const Network& network, const Batch<T>& ba
     const double loss = pass.squared_error();
     if (finished && !std::isfinite(loss)) return loss;
     if (parts == 1 && !pass.backward()) return loss;
-    pass.parameter_gradients(gradient, finished);
+    if (parts > 1 && finished)
+      parallel_for(parts, static_cast<int>(parts),
+                   [&](std::size_t i, std::size_t) { pass.parameter_gradients(gradient, finished, i, parts); });
+    else
+      pass.parameter_gradients(gradient, finished);
     return loss;
   }
   scratch.sums.assign(n, 0.0);  // sums of many passes are carried in double

@@ -97,7 +97,7 @@ double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::s
     linear_weight_gradient<T>(rows, in, out, outputs, x, x_stride, true, into, nullptr);
     if (shape.has_bias) {  // by blocks: fewer additions stand in one chain
       std::fill_n(targets, out, T(0));
-      kernel.column_sums(rows, out, outputs, targets);
+      kernel.column_sums(rows, out, outputs, out, targets);
       for (std::size_t o = 0; o < out; ++o) into[weights + o] += targets[o];
     }
   }

@@ -135,8 +135,8 @@ struct KernelTable {
   // input_gradient[rows, in] = g[rows, out] weight[out, in], for few outputs, at least one.
   void (*linear_input_gradient)(size_t rows, size_t in_features, size_t out_features, const T* g, const T* weight, T* input_gradient);
 
-  // sums[cols] += column sums of g[rows, cols], in the order of rows.
-  void (*column_sums)(size_t rows, size_t cols, const T* g, T* sums);
+  // sums[cols] += column sums of g[rows, cols], in the order of rows, which are g_stride apart.
+  void (*column_sums)(size_t rows, size_t cols, const T* g, size_t g_stride, T* sums);
 
   // One pass over the rows: residual r = x weight^T + bias - target; gradient of sum r^2, that is 2 r^T x and 2 sum r; returns sum r^2.
   double (*linear_step)(const LinearStep<T>& step);

@@ -49,9 +49,9 @@ bool sgd_update(const SgdUpdate<T>& u) {
   return u.momentum ? sgd_update_with<T, true>(u) : sgd_update_with<T, false>(u);
 }
 
-// sums[cols] += column sums of g[rows, cols]: some vectors of columns at a time, so that additions do not wait for each other.
+// sums[cols] += column sums of g[rows, cols], rows g_stride apart: some vectors of columns at a time, so that additions do not wait for each other.
 template <class T>
-void column_sums(size_t rows, size_t cols, const T* g, T* sums) {
+void column_sums(size_t rows, size_t cols, const T* g, size_t g_stride, T* sums) {
   constexpr size_t w = lanes<T>;
   constexpr int vectors = 4;
   size_t c = 0;
@@ -59,12 +59,12 @@ void column_sums(size_t rows, size_t cols, const T* g, T* sums) {
     Vector<T> sum[vectors];
     for (int v = 0; v < vectors; ++v) sum[v] = load(sums + c + v * w);
     for (size_t r = 0; r < rows; ++r)
-      for (int v = 0; v < vectors; ++v) sum[v] += load(g + r * cols + c + v * w);
+      for (int v = 0; v < vectors; ++v) sum[v] += load(g + r * g_stride + c + v * w);
     for (int v = 0; v < vectors; ++v) store(sums + c + v * w, sum[v]);
   }
   for (; c < cols; c += w) {
     Vector<T> sum = load_up_to(sums + c, cols - c);
-    for (size_t r = 0; r < rows; ++r) sum += load_up_to(g + r * cols + c, cols - c);
+    for (size_t r = 0; r < rows; ++r) sum += load_up_to(g + r * g_stride + c, cols - c);
     store_up_to(sums + c, sum, cols - c);
   }
 }
