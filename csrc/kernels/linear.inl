@@ -1,9 +1,9 @@
 // A linear layer with few outputs, and its fused training step.
 //
 // Rows are visited in blocks that stay in the L1 cache. Rows that the registers can hold are read once: dot product and gradient, then the
-// next row. The others are visited twice: dot products of the block first, one accumulator vector for each row, then its gradient, some
-// features at a time. Both ways make the same additions. Accumulates in T; sums of losses are returned in double. Rows are read where they
-// lie: shuffled rows are not copied.
+// next row; longer ones from memory two at a time. The others are visited twice: dot products of the block first, one accumulator vector
+// for each row, then its gradient, some features at a time. All ways make the same additions. Accumulates in T; sums of losses are returned
+// in double. Rows are read where they lie: shuffled rows are not copied.
 
 namespace gdlib {
 namespace {
@@ -39,28 +39,33 @@ struct Block {
   }
 };
 
+// sum[l] = the products of row[l] with the weights, each lane for itself.
+template <int Rows, class T>
+inline void lane_sums(const T* const* row, size_t in_features, const T* weight, Vector<T>* sum) {
+  constexpr size_t w = lanes<T>;
+#pragma GCC unroll 16
+  for (int l = 0; l < Rows; ++l) sum[l] = zero<T>();
+  size_t j = 0;
+  for (; j + w <= in_features; j += w) {
+    const Vector<T> wj = load(weight + j);
+#pragma GCC unroll 16
+    for (int l = 0; l < Rows; ++l) sum[l] = fma(load(row[l] + j), wj, sum[l]);
+  }
+  if (j < in_features) {
+    const size_t tail = in_features - j;
+    const Vector<T> wj = load_partial(weight + j, tail);
+#pragma GCC unroll 16
+    for (int l = 0; l < Rows; ++l) sum[l] = fma(load_partial(row[l] + j, tail), wj, sum[l]);
+  }
+}
+
 // Lane l of the result: row[l] . weight, for so many rows at a time; their number does not show in the bits.
 template <int Together, class T>
 inline Vector<T> group_dot(const T* const* row, size_t in_features, const T* weight) {
-  constexpr size_t w = lanes<T>;
+  constexpr int w = (int)lanes<T>;
   Vector<T> sum[w];
-  for (size_t first = 0; first < w; first += Together) {
-#pragma GCC unroll 16
-    for (size_t l = first; l < first + Together; ++l) sum[l] = zero<T>();
-    size_t j = 0;
-    for (; j + w <= in_features; j += w) {
-      const Vector<T> wj = load(weight + j);
-#pragma GCC unroll 16
-      for (size_t l = first; l < first + Together; ++l) sum[l] = fma(load(row[l] + j), wj, sum[l]);
-    }
-    if (j < in_features) {
-      const size_t tail = in_features - j;
-      const Vector<T> wj = load_partial(weight + j, tail);
-#pragma GCC unroll 16
-      for (size_t l = first; l < first + Together; ++l) sum[l] = fma(load_partial(row[l] + j, tail), wj, sum[l]);
-    }
-  }
-  return sum_each<0, (int)w>([&](int l) { return sum[l]; });
+  for (int first = 0; first < w; first += Together) lane_sums<Together>(row + first, in_features, weight, sum + first);
+  return sum_each<0, w>([&](int l) { return sum[l]; });
 }
 
 // What the gradient of a block asks the memory for.
@@ -70,14 +75,14 @@ enum class Ahead {
   trace,  // a line of every four vectors in the first half of the block behind this one, to keep the processor's own prefetching on its way
 };
 
-// Rows up to so many vectors can be held in the registers, or nearly.
-constexpr size_t most_row_vectors = 16;
+// Rows up to so many vectors can be held in the registers, or nearly; and two of so many, with the sums of their gradient, in L1.
+constexpr size_t most_row_vectors = 16, most_pair_vectors = 32;
 
-// The sums over which the gradient of rows of so many vectors is spread, so that an addition does not wait for the last one. Rows in the
-// registers leave room for one. A group has 2 rows at least.
+// The sums over which the gradient of rows of so many vectors is spread, so that an addition does not wait for the last one. Rows that are
+// read once leave room for one. A group has 2 rows at least.
 template <class T>
 constexpr int chains_for(size_t vectors) {
-  return vectors == 1 && lanes<T> >= 4 ? 4 : vectors < 4 || vectors > most_row_vectors ? 2 : 1;
+  return vectors == 1 && lanes<T> >= 4 ? 4 : vectors < 4 || vectors > most_pair_vectors ? 2 : 1;
 }
 
 // gradient[vectors] (+)= the sums over their chains; of the last vector `tail` lanes.
@@ -275,6 +280,36 @@ inline void block_in_registers_of(size_t vectors, Block<T>& block, size_t in_fea
   if constexpr (Most > 1) block_in_registers_of<Most - 1>(vectors, block, in_features, weight, bias, accumulate, gradient);
 }
 
+// The same for longer rows from memory: two at a time, with the sums in L1 too.
+template <class T>
+inline void block_in_pairs(Block<T>& block, size_t in_features, const T* weight, T bias, bool accumulate, T* gradient) {
+  constexpr size_t w = lanes<T>;
+  T sums[most_pair_vectors * w] __attribute__((aligned(lane_bytes)));
+  for (size_t l = 0; l < block.present; l += 2) {
+    const T *const one = block.row[l], *const other = block.row[l + 1];
+    Vector<T> factor[2];
+#pragma GCC unroll 2
+    for (size_t k = 0; k < 2; ++k) {
+      Vector<T> sum;
+      lane_sums<1>(block.row + l + k, in_features, weight, &sum);
+      const T residual = sum_lanes<T>(sum) + bias - block.factor[l + k];
+      block.factor[l + k] = l + k < block.present ? residual : T(0);
+      factor[k] = broadcast(SquaredError::gradient(block.factor[l + k]));
+    }
+    const auto add = [&](size_t j, const auto& read) __attribute__((always_inline)) {
+      store(sums + j, fma(read(other + j), factor[1], fma(read(one + j), factor[0], l ? load(sums + j) : zero<T>())));
+    };
+    size_t j = 0;
+    for (; j + w <= in_features; j += w) add(j, load<T>);
+    if (j < in_features) add(j, [&](const T* p) { return load_partial(p, in_features - j); });
+  }
+  for (size_t j = 0; j < in_features; j += w) {
+    const size_t count = in_features - j;
+    const Vector<T> sum = load(sums + j);
+    store_up_to(gradient + j, accumulate ? load_up_to(gradient + j, count) + sum : sum, count);
+  }
+}
+
 // One pass: residual r = x weight^T + bias - target, gradient 2 r^T x; returns the sum of r^2.
 template <class T>
 double linear_step(const LinearStep<T>& s) {
@@ -292,6 +327,7 @@ double linear_step(const LinearStep<T>& s) {
   const size_t vectors = (in + lanes<T> - 1) / lanes<T>;
   const bool in_registers = in_order ? vectors >= 1 && vectors <= most_row_vectors
                                      : !s.prefetch && vectors >= 4 && 2 * vectors <= vector_registers;
+  const bool in_pairs = in_order && vectors > most_row_vectors && vectors <= most_pair_vectors;
   Block<T> blocks[2];
   Block<T>*block = &blocks[0], *next = &blocks[1];
   block->gather(s.x, s.x_stride, s.index, 0, count_from(0, s.rows));
@@ -308,8 +344,11 @@ double linear_step(const LinearStep<T>& s) {
       block_targets(s, first, o, *block);
       const bool accumulate = first != 0;
       T* const bias_gradient = s.bias_gradient ? s.bias_gradient + o : nullptr;
-      if (in_registers) {
-        block_in_registers_of<(int)most_row_vectors>(vectors, *block, in, weight, bias, accumulate, gradient);
+      if (in_registers || in_pairs) {
+        if (in_registers)
+          block_in_registers_of<(int)most_row_vectors>(vectors, *block, in, weight, bias, accumulate, gradient);
+        else
+          block_in_pairs(*block, in, weight, bias, accumulate, gradient);
         loss += block_factors(*block, [&](size_t l) { return load(block->factor + l); }, accumulate, bias_gradient);
         continue;
       }

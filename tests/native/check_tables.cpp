@@ -403,7 +403,7 @@ void check_all() {
         check_layer<T>(rows, in, out);
         check_step<T>(rows, in, out);
       }
-  for (std::size_t in : {100, 128, 256, 257}) check_step<T>(67, in, 2);
+  for (std::size_t in : {100, 128, 256, 257, 300, 512, 513}) check_step<T>(67, in, 2);
   check_layer<T>(130, 300, 100);  // several blocks of depth and rows
   for (std::size_t n = 1; n < 40; ++n) {
     check_vectors<T>(n);
