@@ -15,7 +15,7 @@ from benchmarks.bench_gradient_descent import EPOCHS, LR
 from benchmarks.measure import Contender, Group, Run
 from benchmarks.peers import Regression
 
-BATCH_SIZE, SGD_ROWS = 256, 32_768
+BATCH_SIZE, SGD_ROWS = 256, 262_144
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _axis(
         Contender(label(who, size), partial(prepare, size=size, how=how), work) for who, how in preparations.items() for size in sizes
     ]
     title = f"Scaling with {name}: {what}"
-    return Axis(name, what, sizes, Group(title, "run", [*contenders, limit], check=lambda _, result: check(*result), rounds=5))
+    return Axis(name, what, sizes, Group(title, "run", [*contenders, limit], check=lambda _, result: check(*result), rounds=9))
 
 
 def check_sgd(problem: Regression, parameters: Any) -> None:
@@ -91,8 +91,8 @@ def check_sgd(problem: Regression, parameters: Any) -> None:
     assert rest < 0.6, f"{rest:.2g} of the variance is left after an epoch"
 
 
-# From where the work is more than the call and its threads. X is larger than most caches for any number of rows: a line that left a cache
-# on its way would bend there.
+# From where the work is more than the call and its threads. X is larger than most caches for every number of rows and of features: a line
+# that left a cache on its way would bend there.
 ROWS, FEATURES, WIDTHS = [2**k for k in range(17, 21)], [2**k for k in range(6, 11)], [2**k for k in range(7, 13)]
 _descents: Any = {"gdlib": bench_gradient_descent.gdlib_fit, "NumPy": numpy_descent}
 _sgds: Any = {"gdlib": gdlib_sgd, "NumPy": numpy_sgd}

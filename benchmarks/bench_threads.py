@@ -11,6 +11,7 @@ from benchmarks.measure import Contender, Group, Run
 WIDTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of Linear(n, n) on n rows
 LEAST_COMPUTE_BOUND = 512  # its products take milliseconds, a thousand times what a barrier does
 LEAST_BANDWIDTH_BOUND = 64_000_000  # bytes; less may stay in a cache from step to step
+ROUNDS = 11  # the least of many gains counts: each must be sure
 DESCENTS = ((1_000, 10), (10_000, 10), (100_000, 10), (10_000, 100), (200_000, 100))  # rows, features
 
 
@@ -56,7 +57,7 @@ def _products(width: int) -> Work:
     ]
     problem = partial(bench_gemm.problem, width, width, width, "float32")
     name = f"Linear({width}, {width}), {width} rows: forward and gradients"
-    return Work(name, Group(f"Threads: {name}", "call", contenders, problem, check_products), width >= LEAST_COMPUTE_BOUND)
+    return Work(name, Group(f"Threads: {name}", "call", contenders, problem, check_products, rounds=ROUNDS), width >= LEAST_COMPUTE_BOUND)
 
 
 def _descent(rows: int, features: int) -> Work:
@@ -65,12 +66,12 @@ def _descent(rows: int, features: int) -> Work:
     if (moved := 4 * rows * features) >= LEAST_BANDWIDTH_BOUND:
         contenders += [machine.bandwidth(threads, moved) for threads in machine.THREAD_COUNTS]
     problem = partial(bench_gradient_descent.problem, rows, features, "float32")
-    return Work(name, Group(f"Threads: {name}", "step", contenders, problem, bench_gradient_descent.check), False)
+    return Work(name, Group(f"Threads: {name}", "step", contenders, problem, bench_gradient_descent.check, rounds=ROUNDS), False)
 
 
 def _reference() -> Work:
     contenders = by_threads(bench_reference.gdlib_fit, bench_reference.EPOCHS)
-    group = Group("Threads: reference program", "epoch", contenders, bench_reference.problem, bench_reference.check)
+    group = Group("Threads: reference program", "epoch", contenders, bench_reference.problem, bench_reference.check, rounds=ROUNDS)
     return Work("reference program", group, False)
 
 
@@ -80,7 +81,9 @@ def _network(widths: tuple[int, ...], batch_size: int, steps: int) -> Work:
     contenders += [machine.fma_peak("float32", threads, flops) for threads in machine.THREAD_COUNTS]
     name = f"network {'-'.join(map(str, widths))}, batch {batch_size}"
     problem = partial(bench_networks.problem, widths, batch_size, steps)
-    return Work(name, Group(f"Threads: {name}", "step", contenders, problem, bench_networks.check), widths[0] >= LEAST_COMPUTE_BOUND)
+    return Work(
+        name, Group(f"Threads: {name}", "step", contenders, problem, bench_networks.check, rounds=ROUNDS), widths[0] >= LEAST_COMPUTE_BOUND
+    )
 
 
 WORKS = [
