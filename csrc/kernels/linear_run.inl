@@ -93,11 +93,10 @@ size_t linear_run_of(const LinearRun<T>& run) {
     for (; r + w <= rows; r += w) group(begin + r, (size_t)w, Constant<true>{});
     if (r < rows) group(begin + r, rows - r, Constant<false>{});
 
-    if (run.prefetch)
+    if (Indexed && run.prefetch)  // rows in order are better left to the processor's own prefetching: 22 instead of 13 GB/s
       for (size_t l = begin + 2 * rows; l < begin + 3 * rows && l < run.rows; ++l) {
-        const size_t number = Indexed ? run.index[l] : l;
-        for (int v = 0; v < Vectors; ++v) __builtin_prefetch(run.x + number * run.x_stride + v * w);
-        __builtin_prefetch(run.target + number);
+        for (int v = 0; v < Vectors; ++v) __builtin_prefetch(run.x + run.index[l] * run.x_stride + v * w);
+        __builtin_prefetch(run.target + run.index[l]);
       }
 
     const T sum = sum_lanes<T>(loss);
