@@ -93,10 +93,12 @@ size_t linear_run_of(const LinearRun<T>& run) {
     for (; r + w <= rows; r += w) group(begin + r, (size_t)w, Constant<true>{});
     if (r < rows) group(begin + r, rows - r, Constant<false>{});
 
-    if (Indexed && run.prefetch)  // rows in order are better left to the processor's own prefetching: 22 instead of 13 GB/s
+    // Into L2: two batches may be more than L1 holds (1.5 times as fast). Rows in order are better left to the processor's own prefetching,
+    // 25 instead of 14 GB/s.
+    if (Indexed && run.prefetch)
       for (size_t l = begin + 2 * rows; l < begin + 3 * rows && l < run.rows; ++l) {
-        for (int v = 0; v < Vectors; ++v) __builtin_prefetch(run.x + run.index[l] * run.x_stride + v * w);
-        __builtin_prefetch(run.target + run.index[l]);
+        for (int v = 0; v < Vectors; ++v) __builtin_prefetch(run.x + run.index[l] * run.x_stride + v * w, 0, 2);
+        __builtin_prefetch(run.target + run.index[l], 0, 2);
       }
 
     const T sum = sum_lanes<T>(loss);
