@@ -146,13 +146,11 @@ def _group(shape: tuple[int, int, int], dtype: str, part: str) -> Group:
         Contender("NumPy", partial(numpy_layer, part=part)),
         *peers.pytorch("PyTorch", partial(pytorch_layer, part=part), form="addmm, mm", around=peers.inference_mode),
         *(peers.pytorch("PyTorch", pytorch_linear, form="linear", around=peers.inference_mode) if part == FORWARD else []),
-        machine.fma_peak(dtype, machine.THREADS, flops)
-        if rows > 1
-        # One row: each weight is used once, and the limit is reading them.
-        else Contender(
-            "as many bytes read once", machine.reading(lambda layer: layer.weight, machine.THREADS), inputs * outputs / moved, limit=True
-        ),
     ]
+    if rows > 1:
+        contenders.append(machine.fma_peak(dtype, machine.THREADS, flops))
+    else:  # each weight is used once, and the limit is reading them
+        contenders += machine.reading("as many bytes read once", lambda layer: layer.weight, machine.THREADS, inputs * outputs / moved)
     title = f"{part}, {rows} x {inputs} -> {outputs} {dtype}"
     return Group(title, "call", contenders, partial(problem, *shape, dtype), partial(check, part), "", flops, moved * size, "GFLOP", dtype)
 

@@ -75,8 +75,8 @@ def _group(rows: int, features: int, dtype: str) -> Group:
         Contender("NumPy, two passes", partial(peers.numpy_loop, shuffle=False, **options), EPOCHS),
         *peers.pytorch("PyTorch autograd", partial(peers.pytorch_loop, batches="in order", **options), EPOCHS),
         *peers.pytorch("PyTorch by hand", partial(peers.pytorch_by_hand, shuffle=False, **options), EPOCHS),
-        Contender("X itself read once", machine.reading(lambda problem: problem.X, machine.THREADS), limit=True),
-        machine.bandwidth(machine.THREADS, size),
+        *machine.reading("X itself read once", lambda problem: problem.X, machine.THREADS),
+        *machine.bandwidth(machine.THREADS, size),
     ]
     note = f"A run is {EPOCHS} steps. X takes {size / 1e6:,.0f} MB; the bandwidth is that of {machine.large_bytes() / 1e6:,.0f} MB."
     title = f"Gradient descent, {rows:,} x {features:,} {dtype}"

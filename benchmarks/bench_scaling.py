@@ -69,7 +69,7 @@ def _axis(
     problem: Callable[[int], Any],
     preparations: dict[str, Callable[[Any], Run]],
     check: Callable[[Any, Any], None],
-    limit: Contender,
+    limits: Sequence[Contender],
     work: float = 1.0,
 ) -> Axis:
     def prepare(_: Any, size: int, how: Callable[[Any], Run]) -> Run:
@@ -81,7 +81,7 @@ def _axis(
         Contender(label(who, size), partial(prepare, size=size, how=how), work) for who, how in preparations.items() for size in sizes
     ]
     title = f"Scaling with {name}: {what}"
-    return Axis(name, what, sizes, Group(title, "run", [*contenders, limit], check=lambda _, result: check(*result), rounds=9))
+    return Axis(name, what, sizes, Group(title, "run", [*contenders, *limits], check=lambda _, result: check(*result), rounds=9))
 
 
 def check_sgd(problem: Regression, parameters: Any) -> None:
@@ -125,7 +125,7 @@ AXES = [
         lambda size: layer_problem(256, 512, size, "float32"),
         _products,
         bench_threads.check_products,
-        _peak(6.0 * 256 * 512 * WIDTHS[-1]),
+        [_peak(6.0 * 256 * 512 * WIDTHS[-1])],
     ),
     _axis(
         "batch",
@@ -134,7 +134,7 @@ AXES = [
         lambda size: layer_problem(size, 512, 512, "float32"),
         _products,
         bench_threads.check_products,
-        _peak(6.0 * 512 * 512 * WIDTHS[-1]),
+        [_peak(6.0 * 512 * 512 * WIDTHS[-1])],
     ),
 ]
 GROUPS = [axis.group for axis in AXES]

@@ -64,7 +64,7 @@ def _group(shuffle: bool) -> Group:
         *peers.pytorch("PyTorch loop", partial(peers.pytorch_loop, batches="shuffled" if shuffle else "in order", **options)),
         *peers.pytorch("PyTorch by hand", partial(peers.pytorch_by_hand, shuffle=shuffle, **options)),
         *([] if shuffle else [Contender("JAX jit(scan)", partial(peers.jax_scan, **options))]),
-        machine.bandwidth(1, BYTES),
+        *machine.bandwidth(1, BYTES),
     ]
     note = (
         f"An epoch is {STEPS:,} steps of {BATCH_SIZE} rows ({ROWS:,} of one row for scikit-learn), from a fresh model; the loss at its end "

@@ -64,7 +64,7 @@ def _descent(rows: int, features: int) -> Work:
     name = f"gradient descent, {rows:,} x {features}"
     contenders = by_threads(bench_gradient_descent.gdlib_fit, bench_gradient_descent.EPOCHS)
     if (moved := 4 * rows * features) >= LEAST_BANDWIDTH_BOUND:
-        contenders += [machine.bandwidth(threads, moved) for threads in machine.THREAD_COUNTS]
+        contenders += [form for threads in machine.THREAD_COUNTS for form in machine.bandwidth(threads, moved)]
     problem = partial(bench_gradient_descent.problem, rows, features, "float32")
     return Work(name, Group(f"Threads: {name}", "step", contenders, problem, bench_gradient_descent.check, rounds=ROUNDS), False)
 

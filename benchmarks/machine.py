@@ -53,20 +53,26 @@ template <class T> static void multiply_add(long steps) {
   sink = static_cast<std::uint64_t>(chains[0][0]);
 }
 
-extern "C" {
-// Each thread reads its part as four sequences side by side, which keeps more of the prefetchers busy than one.
-void read_once(const char* data, std::size_t bytes, int threads) {
+// Each thread reads its part as so many sequences side by side: more of them keep more of the prefetchers busy, or disturb them.
+template <int kSequences> static void read_sequences(const char* data, std::size_t bytes, int threads) {
   on_threads(threads, [=](int t) {
     typedef std::uint64_t Words __attribute__((vector_size(kBytes), aligned(8), may_alias));
-    const std::size_t sequence = bytes / threads / 4 / (4 * kBytes) * (4 * kBytes);
-    const char* part = data + t * 4 * sequence;
-    Words sums[4] = {};
-    for (std::size_t at = 0; at < sequence; at += 4 * kBytes)
-      for (int s = 0; s < 4; ++s)
-        for (int i = 0; i < 4; ++i) sums[s] ^= *reinterpret_cast<const Words*>(part + s * sequence + at + i * kBytes);
-    sink = (sums[0] ^ sums[1] ^ sums[2] ^ sums[3])[0];
+    constexpr int kTogether = 16 / kSequences;
+    const std::size_t sequence = bytes / threads / kSequences / (kTogether * kBytes) * (kTogether * kBytes);
+    const char* part = data + t * kSequences * sequence;
+    Words sums[16] = {};
+    for (std::size_t at = 0; at < sequence; at += kTogether * kBytes)
+      for (int s = 0; s < kSequences; ++s)
+        for (int i = 0; i < kTogether; ++i)
+          sums[s * kTogether + i] ^= *reinterpret_cast<const Words*>(part + s * sequence + at + i * kBytes);
+    for (int i = 1; i < 16; ++i) sums[0] ^= sums[i];
+    sink = sums[0][0];
   });
 }
+
+extern "C" {
+void read_once_1(const char* data, std::size_t bytes, int threads) { read_sequences<1>(data, bytes, threads); }
+void read_once_4(const char* data, std::size_t bytes, int threads) { read_sequences<4>(data, bytes, threads); }
 void fma_float32(long steps, int threads) { on_threads(threads, [=](int) { multiply_add<float>(steps); }); }
 void fma_float64(long steps, int threads) { on_threads(threads, [=](int) { multiply_add<double>(steps); }); }
 long flops_float32() { return 2L * kChains * (kBytes / 4); }  // of a step
@@ -114,19 +120,23 @@ def large_array() -> np.ndarray[Any, Any]:
     return np.ones(large_bytes() // 8, np.uint64)  # written, so that every page has memory of its own
 
 
-def reading(array: Callable[[Any], np.ndarray[Any, Any]], threads: int) -> Callable[[Any], Run]:
-    """Prepares one pass over all bytes of the array that belongs to a problem."""
+def reading(name: str, array: Callable[[Any], np.ndarray[Any, Any]], threads: int, work: float = 1.0) -> list[Contender]:
+    """One pass over all bytes of the array that belongs to a problem, as a limit: in both of its forms, the faster of which counts."""
 
-    def prepare(problem: Any) -> Run:
-        data, call = array(problem), library().read_once
+    def prepare(problem: Any, sequences: int) -> Run:
+        data, call = array(problem), getattr(library(), f"read_once_{sequences}")
         return lambda: call(ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(data.nbytes), threads)
 
-    return prepare
+    def contender(sequences: int) -> Contender:
+        form = "one sequence a thread" if sequences == 1 else f"{sequences} sequences a thread"
+        return Contender(name, functools.partial(prepare, sequences=sequences), work, form, limit=True)
+
+    return [contender(sequences) for sequences in (1, 4)]
 
 
-def bandwidth(threads: int, wanted: float) -> Contender:
+def bandwidth(threads: int, wanted: float) -> list[Contender]:
     """The time of `wanted` bytes at the read bandwidth of memory."""
-    return Contender(f"read bandwidth, {plural(threads)}", reading(lambda _: large_array(), threads), large_bytes() / wanted, limit=True)
+    return reading(f"read bandwidth, {plural(threads)}", lambda _: large_array(), threads, large_bytes() / wanted)
 
 
 def fma_peak(dtype: str, threads: int, wanted: float) -> Contender:
@@ -160,7 +170,7 @@ def plural(threads: int) -> str:
     return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
-BANDWIDTH = Group("Read bandwidth", "GB", [bandwidth(threads, 1e9) for threads in THREAD_COUNTS], bytes=1e9, rate="GB")
+BANDWIDTH = Group("Read bandwidth", "GB", [form for threads in THREAD_COUNTS for form in bandwidth(threads, 1e9)], bytes=1e9, rate="GB")
 PEAKS = {
     dtype: Group(f"FMA peak, {dtype}", "GFLOP", [fma_peak(dtype, threads, 1e9) for threads in THREAD_COUNTS], flops=1e9, rate="GFLOP")
     for dtype in ("float32", "float64")
