@@ -56,25 +56,25 @@ this machine unless another is named. It is shared: for minutes at a time everyt
 calls and the straight lines of costs meet too.
 
 - Gradient descent, 1,000 features, beside NumPy and PyTorch: NumPy's two passes reach 24 of 32 GB/s there, so that one pass at the full
-  bandwidth would be 2.5 times as fast: 3 times cannot be had. What the share of the bandwidth (86 to 100 %, before 72 %) took: a core can
-  wait for some 24 lines that its own instructions asked for, which is 16 GB/s; the prefetcher of its L2, which follows reading in order,
-  keeps more on their way (28 GB/s). So rows up to 8 KiB are read in order, and during the gradient of a block beyond L1 every fourth line
-  of what follows is asked for, to keep it going (18 -> 21 GB/s for one core). Partial gradients, added column by column on one thread,
-  took 10 % of two threads' time; they are added as they lie. Tried: single rows, dot product and gradient at once (27 GB/s up to 4 KiB, 14
-  beyond, and 6 shuffled), the dot product of the next 1, 2 and 4 rows within the gradient of the last ones (25, 14, 16), blocks of 4 rows,
-  all lines of 2/8, 3/8 and 4/8 of the next block, every second and eighth one (within 5 %), requests to L1 (10 % slower).
+  bandwidth would be 2.5 times as fast: 3 times cannot be had. A core can wait for some 24 lines that its own instructions asked for, which
+  is 16 GB/s; the prefetcher of its L2, which follows reading in order, keeps more on their way (28 GB/s). So rows up to 8 KiB are read in
+  order. Those that the registers hold are read once (one core, 100 features: 28 GB/s, before 21; float64 27, before 17), twice as long ones
+  by two (300 features: 26, before 18); longer ones in blocks, twice, with every fourth line of what follows asked for during the gradient
+  (1,000 features: 21 GB/s, 18 without). Tried for these: one or two rows at a time, their dot products in one, two and four chains or in
+  halves (11 to 22 GB/s; float64 13 to 17), the dot product of the next 1, 2 and 4 rows within the gradient of the last ones (25, 14, 16),
+  blocks of 4 rows, all lines of 2/8, 3/8 and 4/8 of the next block, every second and eighth one (within 5 %).
 - 2048^3: one core alone reaches 93 to 95 % of the FMA peak forward and 92 to 93 % in the gradients (before 90 and 87 %), two 87 to 94 %.
   What it took: the sums of a tile went over the stack at its begin and end, 300 cycles each time (loops that were not unrolled); tiles of C
   are asked for ahead, to be written (3 %); panels of B fill three fourths of L2 and not half (1 %); groups of copied strips meet 3 MiB of B
   (2 %), 8 steps of depth are copied at a time (2 %). Tried without gain: rows of A asked for ahead, wholly or their first 1 to 32 lines;
   copies asked for ahead; blocks of depth of 2, 5.6 and 8 KiB; groups of 4, 16 and 32 tiles; 0.7, 1, 4 and 8 MiB of B.
 - Networks: from 784-512-10 up 84 to 89 % of the FMA peak is reached, and JAX reaches 71 to 86 %: 1.0 to 1.3 is what lies between them. In
-  1024-1024-1024-1024 tiles take 92 % of the time, layouts 3.5 %, updates and activations 2 %. In 13-64-64-1 two threads gain 1.4 in
-  batches of 256, each taking its rows through all layers (before 1.08), and nothing in batches of 32, where one thread is at 70 % of the
-  peak; layouts, updates and calls are the rest.
-- What other users of the machine cost: in quiet minutes one row takes 0.3 us. Of two whole runs the first met 86 % of the bandwidth and
-  1.83 for threads, the second 66 % and 1.52; the same works alone, minutes later, 88 % and 1.89. The epochs that should lie on a line have
-  8 to 134 MB of data, of which a shared cache holds more or less; R^2 was 0.984 in an earlier run, and 0.949 and 0.951 in these.
+  1024-1024-1024-1024 tiles take 92 % of the time, layouts 3.5 %, updates and activations 2 %; in 784-512-10 tiles take 89 %, at 98 % of
+  the peak. In 13-64-64-1 each thread takes its rows through all layers, then its outputs of every weight gradient: two threads gain 1.45
+  in batches of 256 and 1.2 in batches of 32 (before 1.08 and nothing), where what one core wrote and the other reads costs as much as it
+  gains; one thread is at 70 % of the peak, layouts, updates and calls are the rest.
+- What other users of the machine cost: in quiet minutes one row takes 0.3 us. The same works alone, minutes apart, take 1 to 1.5 times as
+  long, and two threads gain 1.4 to 2.
 - One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, before all that is said above, the code was 13.9x
   scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
 """

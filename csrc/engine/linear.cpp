@@ -169,8 +169,7 @@ OutputRange visit_weight_gradient(std::size_t rows, std::size_t in_features, std
     finish({0, out_features, 0, in_features, weight_gradient, in_features});
     return {0, out_features};
   }
-  const std::size_t tile = table<T>().tile_rows, tiles = ceil_divide(out_features, tile);
-  const std::size_t begin = tiles * part / parts * tile, end = std::min(out_features, tiles * (part + 1) / parts * tile);
+  const std::size_t begin = out_features * part / parts, end = out_features * (part + 1) / parts;
   if (bias_gradient) {
     std::fill(bias_gradient + begin, bias_gradient + end, T(0));
     add_column_sums(rows, end - begin, g + begin, out_features, bias_gradient + begin);

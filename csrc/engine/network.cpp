@@ -9,6 +9,7 @@
 #include "../dispatch/dispatch.h"
 #include "caches.h"
 #include "linear.h"
+#include "tasks.h"
 
 namespace gdlib {
 
@@ -199,14 +200,14 @@ class Pass {
   }
 
   // What follows `backward`: into[parameters] = their gradient, or, with `finished`, memory for what that visits. Stops early after an
-  // interrupt, except with `finished`: a step is made whole, or one of some parts of it, which may be asked for at the same time.
-  void parameter_gradients(T* into, SegmentVisitor<T> finished, std::size_t part = 0, std::size_t parts = 1) const {
+  // interrupt, except with `finished`: a step is made whole.
+  void parameter_gradients(T* into, SegmentVisitor<T> finished) const {
     for (std::size_t i = network_.layers().size(); i-- > 0;) {
       const Layer& layer = network_.layers()[i];
       if (!layer.is_linear()) continue;
       T* const weights = into + layer.begin_weight;
       if (finished) {
-        update(layer, gradient(i), input(i), input_stride(i), weights, finished, part, parts);
+        update(i, weights, finished, 0, 1);
         continue;
       }
       if (interrupted(rows_ * layer.weights())) return;
@@ -215,10 +216,27 @@ class Pass {
     }
   }
 
+  // The same with `finished`, for a small network: one loop, whose `parts` take their outputs of every layer. Only a layer with too few
+  // outputs for that, but enough work to be shared, has a loop of its own.
+  void parameter_gradients_in_parts(std::size_t parts, T* memory, SegmentVisitor<T> finished) const {
+    const auto on_its_own = [&](const Layer& layer) {
+      constexpr double least_cycles = 8'000;  // four times what sharing a loop costs
+      return layer.out_features < parts * few_outputs && cycles_of(rows_, layer.in_features, layer.out_features) >= least_cycles;
+    };
+    const auto update_each = [&](bool own, std::size_t part, std::size_t of_parts) {
+      for (std::size_t i = network_.layers().size(); i-- > 0;) {
+        const Layer& layer = network_.layers()[i];
+        if (layer.is_linear() && on_its_own(layer) == own) update(i, memory + layer.begin_weight, finished, part, of_parts);
+      }
+    };
+    update_each(true, 0, 1);
+    parallel_for(parts, static_cast<int>(parts), [&](std::size_t part, std::size_t) { update_each(false, part, parts); });
+  }
+
  private:
-  // `finished` visits the gradient of a layer's parameters; `memory` has room for it.
-  void update(const Layer& layer, const T* g, const T* x, std::size_t x_stride, T* memory, SegmentVisitor<T> finished, std::size_t part,
-              std::size_t parts) const {
+  // `finished` visits the gradient of the parameters of a part of linear layer i; `memory` has room for that of the layer.
+  void update(std::size_t i, T* memory, SegmentVisitor<T> finished, std::size_t part, std::size_t parts) const {
+    const Layer& layer = network_.layers()[i];
     const std::size_t in = layer.in_features;
     const auto visit = [&](const Block<T>& block) {
       const std::size_t begin = layer.begin_weight + block.row * in + block.col;
@@ -227,7 +245,8 @@ class Pass {
     };
     T* const biases = layer.has_bias ? memory + layer.weights() : nullptr;
     const auto [begin, count] =
-        visit_weight_gradient<T>(rows_, in, layer.out_features, g, x, x_stride, weight(layer), visit, memory, biases, part, parts);
+        visit_weight_gradient<T>(rows_, in, layer.out_features, gradient(i), input(i), input_stride(i), weight(layer), visit, memory,
+                                 biases, part, parts);
     if (biases && count) finished({layer.begin_weight + layer.weights() + begin, 1, count, count, biases + begin, count});
   }
 
@@ -335,8 +354,7 @@ double network_squared_error_gradient(const Network& network, const Batch<T>& ba
     if (finished && !std::isfinite(loss)) return loss;
     if (parts == 1 && !pass.backward()) return loss;
     if (parts > 1 && finished)
-      parallel_for(parts, static_cast<int>(parts),
-                   [&](std::size_t i, std::size_t) { pass.parameter_gradients(gradient, finished, i, parts); });
+      pass.parameter_gradients_in_parts(parts, gradient, finished);
     else
       pass.parameter_gradients(gradient, finished);
     return loss;

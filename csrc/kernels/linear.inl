@@ -75,11 +75,12 @@ enum class Ahead {
   trace,  // a line of every four vectors in the first half of the block behind this one, to keep the processor's own prefetching on its way
 };
 
-// Rows up to so many vectors can be held in the registers, or nearly; and two of so many, with the sums of their gradient, in L1.
+// Rows up to so many vectors are held in the registers (where there are 16, the compiler reads some again from L1); two of so many, with
+// the sums of their gradient, in L1.
 constexpr size_t most_row_vectors = 16, most_pair_vectors = 32;
 
-// The sums over which the gradient of rows of so many vectors is spread, so that an addition does not wait for the last one. Rows that are
-// read once leave room for one. A group has 2 rows at least.
+// The sums over which the gradient of rows of so many vectors is spread, so that an addition does not wait for the last one. From 4
+// vectors on these are enough, and rows that are read once leave room for no more. A group has 2 rows at least.
 template <class T>
 constexpr int chains_for(size_t vectors) {
   return vectors == 1 && lanes<T> >= 4 ? 4 : vectors < 4 || vectors > most_pair_vectors ? 2 : 1;
@@ -285,24 +286,27 @@ template <class T>
 inline void block_in_pairs(Block<T>& block, size_t in_features, const T* weight, T bias, bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
   T sums[most_pair_vectors * w] __attribute__((aligned(lane_bytes)));
-  for (size_t l = 0; l < block.present; l += 2) {
-    const T *const one = block.row[l], *const other = block.row[l + 1];
+  const auto rows_at = [&](size_t l, auto pair) __attribute__((always_inline)) {
+    const T *const one = block.row[l], *const other = block.row[l + pair.value];
     Vector<T> factor[2];
 #pragma GCC unroll 2
-    for (size_t k = 0; k < 2; ++k) {
+    for (size_t k = 0; k <= pair.value; ++k) {
       Vector<T> sum;
       lane_sums<1>(block.row + l + k, in_features, weight, &sum);
-      const T residual = sum_lanes<T>(sum) + bias - block.factor[l + k];
-      block.factor[l + k] = l + k < block.present ? residual : T(0);
+      block.factor[l + k] = sum_lanes<T>(sum) + bias - block.factor[l + k];
       factor[k] = broadcast(SquaredError::gradient(block.factor[l + k]));
     }
     const auto add = [&](size_t j, const auto& read) __attribute__((always_inline)) {
-      store(sums + j, fma(read(other + j), factor[1], fma(read(one + j), factor[0], l ? load(sums + j) : zero<T>())));
+      const Vector<T> sum = fma(read(one + j), factor[0], l ? load(sums + j) : zero<T>());
+      store(sums + j, pair.value ? fma(read(other + j), factor[1], sum) : sum);
     };
     size_t j = 0;
     for (; j + w <= in_features; j += w) add(j, load<T>);
     if (j < in_features) add(j, [&](const T* p) { return load_partial(p, in_features - j); });
-  }
+  };
+  size_t l = 0;
+  for (; l + 2 <= block.present; l += 2) rows_at(l, Constant<true>{});
+  if (l < block.present) rows_at(l, Constant<false>{});
   for (size_t j = 0; j < in_features; j += w) {
     const size_t count = in_features - j;
     const Vector<T> sum = load(sums + j);

@@ -24,6 +24,7 @@ constexpr size_t lane_bytes = 32;
 constexpr size_t lane_bytes = 16;
 #endif
 
+// Vectors that a kernel can keep without memory.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr size_t vector_registers = 32;
 #else

@@ -292,6 +292,18 @@ gdlib::Network lone_linear(std::size_t in, std::size_t out) {
   return network;
 }
 
+// Small enough that each thread takes its rows through all layers, then its outputs of every weight gradient.
+gdlib::Network small_network() {
+  gdlib::Network network;
+  network.add(gdlib::Activation::none, 20, 64, true);
+  network.add(gdlib::Activation::tanh, 64, 64, false);
+  network.add(gdlib::Activation::none, 64, 33, true);
+  network.add(gdlib::Activation::tanh, 33, 33, false);
+  network.add(gdlib::Activation::none, 33, 9, false);
+  network.add(gdlib::Activation::none, 9, 1, true);
+  return network;
+}
+
 // Whole rounds: every loss is finite and falls, and several tasks and threads give the bits of one thread.
 template <class T>
 void check_rounds(const gdlib::Network& network, std::size_t rows, std::size_t batch) {
@@ -315,7 +327,9 @@ void check_rounds(const gdlib::Network& network, std::size_t rows, std::size_t b
     round.epoch_seeds = batch < rows ? seeds.data() : nullptr;
     round.last_step = 3 * ((rows + batch - 1) / batch);
     round.mean = true;
-    round.ranges = {{0, n, {T(0.02), T(0.5), T(0), T(0), true, false}, true, true}};
+    const gdlib::SgdOptions<T> options{T(0.02), T(0.5), T(0), T(0), true, false};
+    round.ranges = {{0, n, options, true, true}};
+    if (!network.is_lone_linear()) round.ranges = {{0, n / 3, options, true, true}, {n / 3, n, options, true, true}};
     round.parameters = parameters.data();
     round.gradient = gradient.data();
     round.momentum = momentum.data();
@@ -393,6 +407,7 @@ void check_all() {
   check_rounds<T>(lone_linear(20, 2), 30000, 30000);
   check_rounds<T>(lone_linear(10, 9), 300, 64);
   check_rounds<T>(a_network(10, 1), 300, 32);
+  check_rounds<T>(small_network(), 1000, 100);
   check_rounds<T>(a_network(20, 9), 9000, 9000);  // several passes for each step
   for (std::size_t rows : {1, 17, 67})
     for (std::size_t in : {1, 9})
@@ -403,7 +418,7 @@ void check_all() {
         check_layer<T>(rows, in, out);
         check_step<T>(rows, in, out);
       }
-  for (std::size_t in : {100, 128, 256, 257, 300, 512, 513}) check_step<T>(67, in, 2);
+  for (std::size_t in : {33, 65, 100, 128, 129, 131, 255, 256, 257, 300, 512, 513}) check_step<T>(67, in, 2);
   check_layer<T>(130, 300, 100);  // several blocks of depth and rows
   for (std::size_t n = 1; n < 40; ++n) {
     check_vectors<T>(n);
