@@ -91,9 +91,9 @@ def check_sgd(problem: Regression, parameters: Any) -> None:
     assert rest < 0.6, f"{rest:.2g} of the variance is left after an epoch"
 
 
-# From where the work is more than the call and its threads. X is larger than most caches for every number of rows and of features: a line
+# From where the work is more than the call and its threads. X is far larger than most caches for every number of rows and features: a line
 # that left a cache on its way would bend there.
-ROWS, FEATURES, WIDTHS = [2**k for k in range(17, 21)], [2**k for k in range(6, 11)], [2**k for k in range(7, 13)]
+ROWS, FEATURES, WIDTHS = [2**k for k in range(18, 22)], [2**k for k in range(6, 11)], [2**k for k in range(7, 13)]
 _descents: Any = {"gdlib": bench_gradient_descent.gdlib_fit, "NumPy": numpy_descent}
 _sgds: Any = {"gdlib": gdlib_sgd, "NumPy": numpy_sgd}
 _products: Any = {"gdlib": bench_threads.gdlib_products, "NumPy": numpy_products}
