@@ -76,7 +76,7 @@ calls and the straight lines of costs meet too.
 - What other users of the machine cost: in quiet minutes one row takes 0.3 us. The same works alone, minutes apart, take 1 to 1.5 times as
   long, and two threads gain 1.4 to 2. A whole run half an hour before this one met 0.43 us for one row, but 5.2x JAX and 2.39x NumPy in the
   reference program and 9.8x scikit-learn in shuffled epochs. R^2 of the features, in five runs of that line alone, was 0.974 to 0.994: an
-  element takes 44 to 54 ps, by the way in which rows of that length are read, and 1,024 features are shared by two threads.
+  element takes 170 to 210 ps, by the way in which rows of that length are read, and 1,024 features are shared by two threads.
 - One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, before all that is said above, the code was 13.9x
   scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
 """
