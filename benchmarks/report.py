@@ -69,10 +69,10 @@ calls and the straight lines of costs meet too.
   (2 %), 8 steps of depth are copied at a time (2 %). Tried without gain: rows of A asked for ahead, wholly or their first 1 to 32 lines;
   copies asked for ahead; blocks of depth of 2, 5.6 and 8 KiB; groups of 4, 16 and 32 tiles; 0.7, 1, 4 and 8 MiB of B.
 - Networks: from 784-512-10 up 84 to 89 % of the FMA peak is reached, and JAX reaches 71 to 86 %: 1.0 to 1.3 is what lies between them. In
-  1024-1024-1024-1024 tiles take 92 % of the time, layouts 3.5 %, updates and activations 2 %; in 784-512-10 tiles take 89 %, at 98 % of
-  the peak. In 13-64-64-1 each thread takes its rows through all layers, then its outputs of every weight gradient: two threads gain 1.45
-  in batches of 256 and 1.2 in batches of 32 (before 1.08 and nothing), where what one core wrote and the other reads costs as much as it
-  gains; one thread is at 70 % of the peak, layouts, updates and calls are the rest.
+  1024-1024-1024-1024 tiles take 92 % of the time, layouts 3.5 %, updates and activations 2 %; in 784-512-10 tiles take 89 % of one
+  thread's time, at 98 % of its peak. In 13-64-64-1 each thread takes its rows through all layers, then its outputs of every weight
+  gradient: two threads gain 1.45 in batches of 256 and 1.2 in batches of 32 (before 1.08 and nothing), where what one core wrote and the
+  other reads costs as much as it gains; one thread is at 70 % of the peak, layouts, updates and calls are the rest.
 - What other users of the machine cost: in quiet minutes one row takes 0.3 us. The same works alone, minutes apart, take 1 to 1.5 times as
   long, and two threads gain 1.4 to 2. A whole run half an hour before this one met 0.43 us for one row, but 5.2x JAX and 2.39x NumPy in the
   reference program and 9.8x scikit-learn in shuffled epochs. R^2 of the features, in five runs of that line alone, was 0.974 to 0.994: an

@@ -38,6 +38,6 @@ struct OutputRange {
 template <class T>
 OutputRange visit_weight_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
                                   std::size_t x_stride, const T* weight, BlockVisitor<T> finish, T* weight_gradient, T* bias_gradient,
-                                  std::size_t part = 0, std::size_t parts = 1);
+                                  std::size_t part, std::size_t parts);
 
 }  // namespace gdlib

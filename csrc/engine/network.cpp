@@ -220,8 +220,7 @@ class Pass {
   // outputs for that, but enough work to be shared, has a loop of its own.
   void parameter_gradients_in_parts(std::size_t parts, T* memory, SegmentVisitor<T> finished) const {
     const auto on_its_own = [&](const Layer& layer) {
-      constexpr double least_cycles = 8'000;  // four times what sharing a loop costs
-      return layer.out_features < parts * few_outputs && cycles_of(rows_, layer.in_features, layer.out_features) >= least_cycles;
+      return layer.out_features < parts * few_outputs && cycles_of(rows_, layer.in_features, layer.out_features) >= least_shared_cycles;
     };
     const auto update_each = [&](bool own, std::size_t part, std::size_t of_parts) {
       for (std::size_t i = network_.layers().size(); i-- > 0;) {

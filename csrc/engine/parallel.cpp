@@ -274,10 +274,8 @@ Team& the_team() {
   return *team;
 }
 
-// What sharing a loop costs, in cycles of a thread (at 4 GHz).
-constexpr double cost_of_sharing = 2'000;   // a thread that spins takes part within 0.5 us
-// The same where nobody finds out what it costs on these cores, two that share no cache at the worst: there 9 us of work took 21, 12 took 17,
-// and from 18 on two threads are faster.
+// What sharing a loop costs, in cycles of a thread (at 4 GHz), where nobody finds out on these cores, two that share no cache at the worst:
+// there 9 us of work took 21, 12 took 17, and from 18 on two threads are faster.
 constexpr double cost_of_sharing_untried = 15'000;
 constexpr double cost_of_waking = 100'000;  // half of the 50 us until one that sleeps does: the caller works meanwhile
 
@@ -295,7 +293,7 @@ bool awake() {
 int threads_for(double cycles) {
   constexpr double least = 4.0;  // times what it costs
   const int threads = thread_count();
-  if (threads == 1 || cycles < least * (paced ? cost_of_sharing : cost_of_sharing_untried)) return 1;
+  if (threads == 1 || cycles < (paced ? least_shared_cycles : least * cost_of_sharing_untried)) return 1;
   return cycles >= least * cost_of_waking || awake() ? threads : 1;
 }
 
