@@ -8,7 +8,7 @@
 
 #include "../dispatch/dispatch.h"
 #include "caches.h"
-#include "linear.h"
+#include "pass.h"
 #include "tasks.h"
 
 namespace gdlib {
@@ -40,23 +40,6 @@ namespace {
 // 50 ms on two cores), so that Ctrl-C is answered; at most 4096, beyond which products gain nothing.
 constexpr std::size_t least_rows = 64, most_rows = 4096, most_bytes = 64 << 20, most_work = 1'000'000'000;
 
-// Into how many parts, of rows each, a step is cut: one for each thread where every core's cache has room for all weights, next to rows.
-// Each part lays the weights out for itself, a fourth of the time of 16 rows. Larger weights are cut by each product instead.
-template <class T>
-std::size_t row_parts(const Network& network, std::size_t rows) {
-  constexpr std::size_t least_part = 16, most_work_of_step = 50'000'000;  // multiply-adds: parts are not interrupted
-  if (network.parameters() * sizeof(T) > l2_bytes() / 4 || rows * network.parameters() > most_work_of_step) return 1;
-  const double cycles = static_cast<double>(rows) * static_cast<double>(network.parameters()) / 4.0;  // there and back
-  return std::max<std::size_t>(1, std::min<std::size_t>(threads_for(cycles), rows / least_part));
-}
-
-constexpr std::size_t elements_per_task = 1 << 14;  // of elementwise work: some microseconds, ten times what handing it out costs
-
-// An activation works in place on a linear layer's output, which that layer does not need again. Elsewhere its input has another reader.
-bool works_in_place(const Network& network, std::size_t layer) {
-  return layer > 0 && !network.layers()[layer].is_linear() && network.layers()[layer - 1].is_linear();
-}
-
 }  // namespace
 
 template <class T>
@@ -67,7 +50,7 @@ NetworkScratch<T>::NetworkScratch(const Network& network, std::size_t batch_rows
   const std::vector<Layer>& layers = network.layers();
   std::size_t per_row = 0, most_weights = 1;
   for (std::size_t i = 0; i < layers.size(); ++i) {
-    per_row += works_in_place(network, i) ? 0 : layers[i].out_features;
+    per_row += network.works_in_place(i) ? 0 : layers[i].out_features;
     if (need == Need::gradient && (layers[i].is_linear() || i == 0)) per_row += layers[i].out_features;
     most_weights = std::max(most_weights, layers[i].weights());
   }
@@ -81,7 +64,7 @@ NetworkScratch<T>::NetworkScratch(const Network& network, std::size_t batch_rows
     return at;
   };
   for (std::size_t i = 0; i < layers.size(); ++i)
-    outputs.push_back(works_in_place(network, i) ? outputs.back() : take(layers[i].out_features));
+    outputs.push_back(network.works_in_place(i) ? outputs.back() : take(layers[i].out_features));
   if (need == Need::gradient)
     for (const Layer& layer : layers) {
       const bool own = layer.is_linear() || gradients.empty();
@@ -93,204 +76,6 @@ NetworkScratch<T>::NetworkScratch(const Network& network, std::size_t batch_rows
   }
   arena.resize(size);
 }
-
-namespace {
-
-// One pass of some rows, forward and back.
-template <class T>
-class Pass {
- public:
-  // `interrupt` is asked between layers; none within a task.
-  Pass(const Network& network, const T* parameters, NetworkScratch<T>& scratch, Interrupt* interrupt,
-       const std::vector<PackedMatrix<T>>* packed = nullptr)
-      : network_(network), parameters_(parameters), scratch_(scratch), interrupt_(interrupt), packed_(packed) {}
-
-  // Rows `begin` and on of a batch, which stay the input of the pass: where they lie, or, where an index scatters them, in the scratch from
-  // its row `place` on, where `gather` brings them.
-  void take(const Batch<T>& batch, std::size_t begin, std::size_t rows, std::size_t place, bool gather) {
-    const std::size_t in = network_.in_features(), out = network_.out_features();
-    rows_ = rows;
-    place_ = place;
-    if (!batch.index) {
-      x_ = batch.x + begin * batch.x_stride;
-      x_stride_ = batch.x_stride;
-      target_ = batch.target + begin * out;
-      return;
-    }
-    T* const x = at(scratch_.gathered, in);
-    T* const target = at(scratch_.targets, out);
-    for (std::size_t r = 0; gather && r < rows; ++r) {
-      const std::size_t row = batch.index[begin + r];
-      std::copy_n(batch.x + row * batch.x_stride, in, x + r * in);
-      std::copy_n(batch.target + row * out, out, target + r * out);
-    }
-    x_ = x;
-    x_stride_ = in;
-    target_ = target;
-  }
-
-  // Every layer's output. False after an interrupt; where `finite` is asked for, also when a linear layer's output is not.
-  bool forward(bool finite) {
-    const std::vector<Layer>& layers = network_.layers();
-    for (std::size_t i = 0; i < layers.size(); ++i) {
-      const Layer& layer = layers[i];
-      if (interrupted(rows_ * layer.weights())) return false;
-      T* const y = output(i);
-      if (layer.is_linear()) {
-        // An activation is taken along while the product's rows are in the cache.
-        const bool fused = i + 1 < layers.size() && works_in_place(network_, i + 1);
-        const bool good =
-            linear_forward<T>(rows_, layer.in_features, layer.out_features, input(i), input_stride(i), weight(layer), bias(layer), y,
-                              fused ? layers[i + 1].activation : Activation::none, finite, packed(i));
-        if (!good) return false;
-        i += fused;
-      } else {
-        if (!works_in_place(network_, i))
-          for (std::size_t r = 0; r < rows_; ++r)
-            std::copy_n(input(i) + r * input_stride(i), layer.out_features, y + r * layer.out_features);
-        // Infinity would come out of the first layer as a number.
-        if (finite && i == 0 && !table<T>().all_finite(rows_ * layer.out_features, y)) return false;
-        in_tasks(layer.out_features, [&](std::size_t begin, std::size_t rows, std::size_t) {
-          table<T>().activation_forward(layer.activation, rows, layer.out_features, y + begin * layer.out_features, layer.out_features);
-        });
-      }
-    }
-    return true;
-  }
-
-  const T* output() const { return output(network_.layers().size() - 1); }
-
-  double squared_error() {
-    const std::size_t out = network_.out_features();
-    scratch_.losses.assign(task_count(out), 0.0);
-    in_tasks(out, [&](std::size_t begin, std::size_t rows, std::size_t task) {
-      scratch_.losses[task] = table<T>().squared_error_sum(rows * out, output() + begin * out, target_ + begin * out);
-    });
-    double sum = 0.0;
-    for (const double loss : scratch_.losses) sum += loss;
-    return sum;
-  }
-
-  // The gradient of the squared error at the output of every linear layer. False after an interrupt.
-  bool backward() {
-    const std::vector<Layer>& layers = network_.layers();
-    const std::size_t out = network_.out_features(), first = first_linear();
-    T* const last = gradient(layers.size() - 1);
-    in_tasks(out, [&](std::size_t begin, std::size_t rows, std::size_t) {
-      table<T>().squared_error_gradient(rows * out, output() + begin * out, target_ + begin * out, T(1), last + begin * out);
-    });
-    for (std::size_t i = layers.size(); i-- > first;) {
-      const Layer& layer = layers[i];
-      T* const g = gradient(i);
-      if (!layer.is_linear()) {
-        const std::size_t cols = layer.out_features;
-        const T* const y = output(i);
-        in_tasks(cols, [&](std::size_t begin, std::size_t rows, std::size_t) {
-          table<T>().activation_backward(layer.activation, rows, cols, y + begin * cols, cols, g + begin * cols, cols);
-        });
-      } else if (i > first) {
-        if (interrupted(rows_ * layer.weights())) return false;
-        const bool fused = !layers[i - 1].is_linear();
-        linear_input_gradient<T>(rows_, layer.in_features, layer.out_features, g, weight(layer), gradient(i - 1),
-                                 fused ? layers[i - 1].activation : Activation::none, input(i));
-        i -= fused;
-      }
-    }
-    return true;
-  }
-
-  // What follows `backward`: into[parameters] = their gradient, or, with `finished`, memory for what that visits. Stops early after an
-  // interrupt, except with `finished`: a step is made whole.
-  void parameter_gradients(T* into, SegmentVisitor<T> finished) const {
-    for (std::size_t i = network_.layers().size(); i-- > 0;) {
-      const Layer& layer = network_.layers()[i];
-      if (!layer.is_linear()) continue;
-      T* const weights = into + layer.begin_weight;
-      if (finished) {
-        update(i, weights, finished, 0, 1);
-        continue;
-      }
-      if (interrupted(rows_ * layer.weights())) return;
-      linear_weight_gradient<T>(rows_, layer.in_features, layer.out_features, gradient(i), input(i), input_stride(i), false, weights,
-                                layer.has_bias ? weights + layer.weights() : nullptr);
-    }
-  }
-
-  // The same with `finished`, for a small network: one loop, whose `parts` take their outputs of every layer. Only a layer with too few
-  // outputs for that, but enough work to be shared, has a loop of its own.
-  void parameter_gradients_in_parts(std::size_t parts, T* memory, SegmentVisitor<T> finished) const {
-    const auto on_its_own = [&](const Layer& layer) {
-      return layer.out_features < parts * few_outputs && cycles_of(rows_, layer.in_features, layer.out_features) >= least_shared_cycles;
-    };
-    const auto update_each = [&](bool own, std::size_t part, std::size_t of_parts) {
-      for (std::size_t i = network_.layers().size(); i-- > 0;) {
-        const Layer& layer = network_.layers()[i];
-        if (layer.is_linear() && on_its_own(layer) == own) update(i, memory + layer.begin_weight, finished, part, of_parts);
-      }
-    };
-    update_each(true, 0, 1);
-    parallel_for(parts, static_cast<int>(parts), [&](std::size_t part, std::size_t) { update_each(false, part, parts); });
-  }
-
- private:
-  // `finished` visits the gradient of the parameters of a part of linear layer i; `memory` has room for that of the layer.
-  void update(std::size_t i, T* memory, SegmentVisitor<T> finished, std::size_t part, std::size_t parts) const {
-    const Layer& layer = network_.layers()[i];
-    const std::size_t in = layer.in_features;
-    const auto visit = [&](const Block<T>& block) {
-      const std::size_t begin = layer.begin_weight + block.row * in + block.col;
-      if (block.cols == in && block.stride == in) return finished(Segment<T>{begin, 1, block.rows * in, in, block.data, in});
-      finished(Segment<T>{begin, block.rows, block.cols, in, block.data, block.stride});
-    };
-    T* const biases = layer.has_bias ? memory + layer.weights() : nullptr;
-    const auto [begin, count] =
-        visit_weight_gradient<T>(rows_, in, layer.out_features, gradient(i), input(i), input_stride(i), weight(layer), visit, memory,
-                                 biases, part, parts);
-    if (biases && count) finished({layer.begin_weight + layer.weights() + begin, 1, count, count, biases + begin, count});
-  }
-
-  bool interrupted(std::size_t multiply_adds) const { return interrupt_ && interrupt_->check_after(multiply_adds); }
-
-  T* at(std::size_t begin, std::size_t features) const { return scratch_.arena.data() + begin + place_ * features; }
-  T* output(std::size_t layer) const { return at(scratch_.outputs[layer], network_.layers()[layer].out_features); }
-  T* gradient(std::size_t layer) const { return at(scratch_.gradients[layer], network_.layers()[layer].out_features); }
-  const T* input(std::size_t layer) const { return layer ? output(layer - 1) : x_; }
-  std::size_t input_stride(std::size_t layer) const { return layer ? network_.layers()[layer].in_features : x_stride_; }
-  const PackedMatrix<T>* packed(std::size_t layer) const { return packed_ && (*packed_)[layer].cols() ? &(*packed_)[layer] : nullptr; }
-  const T* weight(const Layer& layer) const { return parameters_ + layer.begin_weight; }
-  const T* bias(const Layer& layer) const { return layer.has_bias ? weight(layer) + layer.weights() : nullptr; }
-
-  // Nothing before it has parameters, so that no gradient is wanted there.
-  std::size_t first_linear() const {
-    std::size_t i = 0;
-    while (i < network_.layers().size() && !network_.layers()[i].is_linear()) ++i;
-    return i;
-  }
-
-  static std::size_t task_rows(std::size_t cols) { return std::max<std::size_t>(1, elements_per_task / cols); }
-  std::size_t task_count(std::size_t cols) const { return ceil_divide(rows_, task_rows(cols)); }
-
-  // body(begin, rows, task): elementwise work on rows of `cols`, on all threads.
-  template <class Body>
-  void in_tasks(std::size_t cols, const Body& body) {
-    const std::size_t step = task_rows(cols);
-    const double cycles = static_cast<double>(rows_) * static_cast<double>(cols);  // one or two for each element
-    parallel_for(task_count(cols), threads_for(cycles), [&](std::size_t task, std::size_t) {
-      body(task * step, std::min(step, rows_ - task * step), task);
-    });
-  }
-
-  const Network& network_;
-  const T* parameters_;
-  NetworkScratch<T>& scratch_;
-  Interrupt* interrupt_;
-  const std::vector<PackedMatrix<T>>* packed_;
-  std::size_t rows_ = 0, place_ = 0, x_stride_ = 0;
-  const T* x_ = nullptr;
-  const T* target_ = nullptr;
-};
-
-}  // namespace
 
 template <class T>
 bool network_forward(const Network& network, std::size_t rows, const T* x, std::size_t x_stride, const T* parameters, T* y,
@@ -325,24 +110,71 @@ double network_squared_error(const Network& network, const Batch<T>& batch, cons
   return loss;
 }
 
-template <class T>
-double network_squared_error_gradient(const Network& network, const Batch<T>& batch, const T* parameters, T* gradient,
-                                      NetworkScratch<T>& scratch, Interrupt& interrupt, SegmentVisitor<T> finished) {
+namespace {
+
+// Threads worth a pass, there and back, of a network that each takes some rows of through all its layers.
+int threads_of_pass(const Network& network, std::size_t rows) {
+  return threads_for(static_cast<double>(rows) * static_cast<double>(network.parameters()) / 4.0);
+}
+
+// Into how many pieces of rows the batch of a small network is cut, each with a gradient of its own: this is what then goes from the cache
+// of one core to that of another, and not the outputs and gradients of all layers, of which a piece has several times as much (13-64-64-1,
+// 256 rows, two threads: 52 us without pieces, 44 with them). 4 of 64 rows at least, then more, of 128: one thread loses 4 % to pieces of 64
+// rows, and 2.5 to those of 128. Their gradients are kept, so that there are 16 at most.
+std::size_t pieces_of(const Network& network, std::size_t rows) {
+  constexpr std::size_t least_piece = 64, whole_piece = 128, parameters_of_row = 256, most_pieces = 16;
   const std::size_t n = network.parameters();
-  if (network.is_lone_linear()) {
-    const double loss = linear_squared_error_gradient(network.linear_shape(), batch, parameters, gradient, scratch.linear, interrupt);
-    if (finished && std::isfinite(loss) && !interrupt.requested()) finished({0, 1, n, n, gradient, n});
+  if (n > most_partial) return 1;
+  const std::size_t piece = std::max(n / parameters_of_row, std::clamp(rows / 4, least_piece, whole_piece));
+  std::size_t pieces = 1;
+  while (pieces < most_pieces && rows / (2 * pieces) >= piece) pieces *= 2;
+  return pieces;
+}
+
+// Into how many parts, of rows each, a step without pieces is cut: one for each thread where every core's cache has room for all weights,
+// next to rows. Each part lays the weights out for itself, a fourth of the time of 16 rows. Larger weights are cut by each product instead.
+template <class T>
+std::size_t parts_of(const Network& network, std::size_t rows) {
+  constexpr std::size_t least_part = 16, most_work_of_step = 50'000'000;  // multiply-adds: parts are not interrupted
+  if (network.parameters() * sizeof(T) > l2_bytes() / 4 || rows * network.parameters() > most_work_of_step) return 1;
+  return std::max<std::size_t>(1, std::min<std::size_t>(threads_of_pass(network, rows), rows / least_part));
+}
+
+// The gradient of the squared error of a batch. Its sums are cut by sizes alone; the threads only decide who computes which.
+template <class T>
+class BatchGradient {
+ public:
+  BatchGradient(const Network& network, const Batch<T>& batch, const T* parameters, T* gradient, NetworkScratch<T>& scratch,
+                Interrupt& interrupt)
+      : network_(network), batch_(batch), parameters_(parameters), gradient_(gradient), scratch_(scratch), interrupt_(interrupt) {}
+
+  double run(SegmentVisitor<T> finished) const {
+    if (batch_.rows <= scratch_.rows) return of_rows(0, batch_.rows, finished);
+    const std::size_t n = network_.parameters();
+    scratch_.sums.assign(n, 0.0);  // sums of many passes are carried in double
+    double loss = 0.0;
+    for (std::size_t begin = 0; begin < batch_.rows; begin += scratch_.rows) {
+      loss += of_rows(begin, std::min(scratch_.rows, batch_.rows - begin), {});
+      if (interrupt_.requested()) return loss;
+      for (std::size_t i = 0; i < n; ++i) scratch_.sums[i] += static_cast<double>(gradient_[i]);
+    }
+    for (std::size_t i = 0; i < n; ++i) gradient_[i] = static_cast<T>(scratch_.sums[i]);
+    if (finished && std::isfinite(loss)) finished({0, 1, n, n, gradient_, n});
     return loss;
   }
-  Pass<T> pass(network, parameters, scratch, &interrupt);
-  if (batch.rows <= scratch.rows) {
-    const std::size_t parts = row_parts<T>(network, batch.rows);
-    pass.take(batch, 0, batch.rows, 0, parts == 1);
+
+ private:
+  // The same for some rows, which one pass can take.
+  double of_rows(std::size_t begin, std::size_t rows, SegmentVisitor<T> finished) const {
+    if (const std::size_t pieces = pieces_of(network_, rows); pieces > 1) return in_pieces(begin, rows, pieces, finished);
+    const std::size_t parts = parts_of<T>(network_, rows);
+    Pass<T> pass(network_, parameters_, scratch_, &interrupt_);
+    pass.take(batch_, begin, rows, 0, parts == 1);
     if (parts > 1) {  // a thread's rows stay in its cache
       parallel_for(parts, static_cast<int>(parts), [&](std::size_t i, std::size_t) {
-        const std::size_t begin = batch.rows * i / parts, end = batch.rows * (i + 1) / parts;
-        Pass<T> part(network, parameters, scratch, nullptr);
-        part.take(batch, begin, end - begin, begin, true);
+        const std::size_t first = rows * i / parts, end = rows * (i + 1) / parts;
+        Pass<T> part(network_, parameters_, scratch_, nullptr);
+        part.take(batch_, begin + first, end - first, first, true);
         part.forward(false);
         part.backward();
       });
@@ -353,25 +185,78 @@ double network_squared_error_gradient(const Network& network, const Batch<T>& ba
     if (finished && !std::isfinite(loss)) return loss;
     if (parts == 1 && !pass.backward()) return loss;
     if (parts > 1 && finished)
-      pass.parameter_gradients_in_parts(parts, gradient, finished);
+      pass.parameter_gradients_in_parts(parts, gradient_, finished);
     else
-      pass.parameter_gradients(gradient, finished);
+      pass.parameter_gradients(gradient_, finished);
     return loss;
   }
-  scratch.sums.assign(n, 0.0);  // sums of many passes are carried in double
-  double loss = 0.0;
-  for (std::size_t begin = 0; begin < batch.rows; begin += scratch.rows) {
-    pass.take(batch, begin, std::min(scratch.rows, batch.rows - begin), 0, true);
-    if (!pass.forward(false)) return loss;
-    loss += pass.squared_error();
-    if (!pass.backward()) return loss;
-    pass.parameter_gradients(gradient, {});
-    if (interrupt.requested()) return loss;
-    for (std::size_t i = 0; i < n; ++i) scratch.sums[i] += static_cast<double>(gradient[i]);
+
+  double in_pieces(std::size_t begin, std::size_t rows, std::size_t pieces, SegmentVisitor<T> finished) const {
+    constexpr std::size_t line = 64 / sizeof(T);
+    const std::size_t n = network_.parameters(), stride = ceil_divide(n, line) * line;
+    const int threads = threads_of_pass(network_, rows);
+    scratch_.partials.resize(pieces * stride);
+    scratch_.losses.assign(pieces, 0.0);
+    T* const partials = scratch_.partials.data();
+    // A part takes the rows of its pieces through the layers together: one layout of the weights, for as many rows as a cache has room for.
+    constexpr std::size_t rows_of_part = 256;
+    const std::size_t together = std::max<std::size_t>(1, std::min(pieces / static_cast<std::size_t>(threads), rows_of_part * pieces / rows));
+    const std::size_t parts = ceil_divide(pieces, together);
+    parallel_for(parts, threads, [&](std::size_t part, std::size_t worker) {
+      if (interrupt_.requested()) return;
+      const auto pass_of = [&](std::size_t first_piece, std::size_t end_piece, bool gather) {
+        Pass<T> pass(network_, parameters_, scratch_, worker == 0 ? &interrupt_ : nullptr);
+        const std::size_t first = rows * first_piece / pieces, end = rows * end_piece / pieces;
+        pass.take(batch_, begin + first, end - first, first, gather);
+        return pass;
+      };
+      const std::size_t first_piece = part * together, end_piece = std::min(pieces, first_piece + together);
+      Pass<T> all = pass_of(first_piece, end_piece, true);
+      if (!all.forward(false) || !all.backward()) return;
+      for (std::size_t i = first_piece; i < end_piece; ++i) {
+        const Pass<T> piece = pass_of(i, i + 1, false);
+        scratch_.losses[i] = piece.squared_error_of_task();
+        piece.parameter_gradients(partials + i * stride, {});
+      }
+    });
+    double loss = 0.0;
+    for (const double of_piece : scratch_.losses) loss += of_piece;
+    if (interrupt_.requested() || (finished && !std::isfinite(loss))) return loss;
+    // They meet in the gradient of the first piece, in stretches that stay in L1 until the update.
+    constexpr std::size_t most_stretch = 2048;
+    const std::size_t stretch = std::min(most_stretch, ceil_divide(stride / line, static_cast<std::size_t>(threads)) * line);
+    parallel_for(ceil_divide(n, stretch), threads, [&](std::size_t i, std::size_t) {
+      const std::size_t at = i * stretch, size = std::min(stretch, n - at);
+      T* const sum = partials + at;
+      table<T>().column_sums(pieces - 1, size, sum + stride, stride, sum);
+      if (finished)
+        finished({at, 1, size, size, sum, size});
+      else
+        std::copy_n(sum, size, gradient_ + at);
+    });
+    return loss;
   }
-  for (std::size_t i = 0; i < n; ++i) gradient[i] = static_cast<T>(scratch.sums[i]);
-  if (finished && std::isfinite(loss)) finished({0, 1, n, n, gradient, n});
-  return loss;
+
+  const Network& network_;
+  const Batch<T>& batch_;
+  const T* parameters_;
+  T* gradient_;
+  NetworkScratch<T>& scratch_;
+  Interrupt& interrupt_;
+};
+
+}  // namespace
+
+template <class T>
+double network_squared_error_gradient(const Network& network, const Batch<T>& batch, const T* parameters, T* gradient,
+                                      NetworkScratch<T>& scratch, Interrupt& interrupt, SegmentVisitor<T> finished) {
+  const std::size_t n = network.parameters();
+  if (network.is_lone_linear()) {
+    const double loss = linear_squared_error_gradient(network.linear_shape(), batch, parameters, gradient, scratch.linear, interrupt);
+    if (finished && std::isfinite(loss) && !interrupt.requested()) finished({0, 1, n, n, gradient, n});
+    return loss;
+  }
+  return BatchGradient<T>(network, batch, parameters, gradient, scratch, interrupt).run(finished);
 }
 
 #define GDLIB_INSTANTIATE(T)                                                                                                             \

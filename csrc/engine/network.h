@@ -40,6 +40,9 @@ class Network {
   std::size_t out_features() const { return layers_.back().out_features; }
   std::size_t parameters() const { return layers_.empty() ? 0 : layers_.back().begin_weight + layers_.back().parameters(); }
 
+  // An activation works in place on a linear layer's output, which that layer does not need again. Elsewhere its input has another reader.
+  bool works_in_place(std::size_t layer) const { return layer > 0 && !layers_[layer].is_linear() && layers_[layer - 1].is_linear(); }
+
   // A lone linear layer has a pass of its own, which forms no outputs in memory.
   bool is_lone_linear() const { return layers_.size() == 1 && layers_.front().is_linear(); }
   LinearShape linear_shape() const { return {in_features(), out_features(), layers_.front().has_bias}; }
@@ -64,7 +67,8 @@ struct NetworkScratch {
   std::size_t targets = 0;
   AlignedVector<T> arena;
   AlignedVector<double> sums;    // of gradients, where a step takes several passes
-  AlignedVector<double> losses;  // by task
+  AlignedVector<T> partials;     // gradients of pieces of a batch
+  AlignedVector<double> losses;  // by task or piece
   LinearScratch<T> linear;
 };
 

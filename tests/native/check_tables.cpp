@@ -292,8 +292,8 @@ gdlib::Network lone_linear(std::size_t in, std::size_t out) {
   return network;
 }
 
-// Small enough that each thread takes its rows through all layers, then its outputs of every weight gradient; with 300 rows, the layer of 9
-// outputs has a loop of its own.
+// Small enough that each thread takes its rows through all layers, then its outputs of every weight gradient (with 127 rows, the layer of 9
+// outputs has a loop of its own), or, of larger batches, whole pieces.
 gdlib::Network small_network() {
   gdlib::Network network;
   network.add(gdlib::Activation::none, 20, 64, true);
@@ -408,9 +408,10 @@ void check_all() {
   check_rounds<T>(lone_linear(20, 2), 30000, 30000);
   check_rounds<T>(lone_linear(10, 9), 300, 64);
   check_rounds<T>(a_network(10, 1), 300, 32);
+  check_rounds<T>(small_network(), 1000, 127);
   check_rounds<T>(small_network(), 1000, 300);
   check_rounds<T>(a_network(20, 9), 9000, 9000);  // several passes for each step
-  for (std::size_t rows : {1, 17, 67})
+  for (std::size_t rows : {1, 17, 67, 130})
     for (std::size_t in : {1, 9})
       for (std::size_t out : {1, 8}) check_network<T>(rows, in, out);
   for (std::size_t rows : {1, 2, 5, 16, 17, 67})
