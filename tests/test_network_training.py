@@ -193,7 +193,7 @@ def test_auto_lr_is_for_a_linear():
 
 @pytest.mark.parametrize(("hidden", "epochs"), [(1000, 100), (64, 10_000)])
 def test_ctrl_c_ends_a_large_step(hidden, epochs):
-    """Of a step of 2 * 10^11 multiply-adds, some seconds, and of 10^10 in pieces: the interrupt is answered, and no step is left half made."""
+    """In a step of 2 * 10^11 multiply-adds, some seconds, and in one of 10^10 in pieces: it is answered, and no step is left half made."""
     rng = np.random.default_rng(0)
     X = rng.standard_normal((60_000, 1000), dtype=np.float32)
     model, whole_steps = (Sequential(Linear(1000, hidden, seed=0), Tanh(), Linear(hidden, 1, seed=1)) for _ in range(2))
