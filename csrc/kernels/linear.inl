@@ -1,8 +1,9 @@
 // A linear layer with few outputs, and its fused training step.
 //
 // Rows are visited in blocks that stay in the L1 cache. Rows that the registers can hold are read once: dot product and gradient, then the
-// next row; longer ones from memory two at a time. The others are visited twice: dot products of the block first, one accumulator vector
-// for each row, then its gradient, some features at a time. All ways make the same additions. Accumulates in T; sums of losses are returned
+// next row; longer ones in order from memory too, the dot product of one together with the gradient of the one before. The others are
+// visited twice: dot products of the block first, one accumulator vector for each row, then its gradient, some features at a time. All ways
+// make the same additions. Accumulates in T; sums of losses are returned
 // in double. Rows are read where they lie: shuffled rows are not copied.
 
 namespace gdlib {
@@ -39,51 +40,39 @@ struct Block {
   }
 };
 
-// sum[l] = the products of row[l] with the weights, each lane for itself.
-template <int Rows, class T>
-inline void lane_sums(const T* const* row, size_t in_features, const T* weight, Vector<T>* sum) {
-  constexpr size_t w = lanes<T>;
+// Lane l of the result: row[l] . weight, one accumulator vector for each row.
+template <class T>
+inline Vector<T> group_dot(const T* const* row, size_t in_features, const T* weight) {
+  constexpr int w = (int)lanes<T>;
+  Vector<T> sum[w];
 #pragma GCC unroll 16
-  for (int l = 0; l < Rows; ++l) sum[l] = zero<T>();
+  for (int l = 0; l < w; ++l) sum[l] = zero<T>();
   size_t j = 0;
   for (; j + w <= in_features; j += w) {
     const Vector<T> wj = load(weight + j);
 #pragma GCC unroll 16
-    for (int l = 0; l < Rows; ++l) sum[l] = fma(load(row[l] + j), wj, sum[l]);
+    for (int l = 0; l < w; ++l) sum[l] = fma(load(row[l] + j), wj, sum[l]);
   }
   if (j < in_features) {
     const size_t tail = in_features - j;
     const Vector<T> wj = load_partial(weight + j, tail);
 #pragma GCC unroll 16
-    for (int l = 0; l < Rows; ++l) sum[l] = fma(load_partial(row[l] + j, tail), wj, sum[l]);
+    for (int l = 0; l < w; ++l) sum[l] = fma(load_partial(row[l] + j, tail), wj, sum[l]);
   }
-}
-
-// Lane l of the result: row[l] . weight, for so many rows at a time; their number does not show in the bits.
-template <int Together, class T>
-inline Vector<T> group_dot(const T* const* row, size_t in_features, const T* weight) {
-  constexpr int w = (int)lanes<T>;
-  Vector<T> sum[w];
-  for (int first = 0; first < w; first += Together) lane_sums<Together>(row + first, in_features, weight, sum + first);
   return sum_each<0, w>([&](int l) { return sum[l]; });
 }
 
-// What the gradient of a block asks the memory for.
-enum class Ahead {
-  nothing,
-  rows,   // all of the next block
-  trace,  // a line of every four vectors in the first half of the block behind this one, to keep the processor's own prefetching on its way
-};
+// Two of so many bytes, the weights and the sums of a gradient fit the smallest L1 in use.
+constexpr size_t most_turn_bytes = 8 << 10;
 
-// Rows up to so many vectors are held in the registers (where there are 16, the compiler reads some again from L1); two of so many, with
-// the sums of their gradient, in L1.
-constexpr size_t most_row_vectors = 16, most_pair_vectors = 32;
+// Rows up to so many vectors are held in the registers (where there are 16, the compiler reads some again from L1).
+constexpr size_t most_row_vectors = 16;
 
 // The sums over which the gradient of rows of so many vectors is spread, so that an addition does not wait for the last one. From 4
 // vectors on these are enough, and rows that are read once leave room for no more. A group has 2 rows at least.
 template <class T>
 constexpr int chains_for(size_t vectors) {
-  return vectors == 1 && lanes<T> >= 4 ? 4 : vectors < 4 || vectors > most_pair_vectors ? 2 : 1;
+  return vectors == 1 && lanes<T> >= 4 ? 4 : vectors < 4 ? 2 : 1;
 }
 
 // gradient[vectors] (+)= the sums over their chains; of the last vector `tail` lanes.
@@ -102,8 +91,8 @@ inline void add_chains(Vector<T> (&sum)[Chains][Vectors], size_t tail, bool accu
 }
 
 // gradient[Vectors vectors] (+)= sum over the block of factor * row, from feature j on; of the last vector `tail` lanes.
-// Ahead::rows: asks for the same features of the next block meanwhile, so that the memory is busy while the arithmetic is in the cache.
-template <int Vectors, int Chains, bool Tail, Ahead Asked, class T>
+// Ahead: asks for the same features of the next block meanwhile, so that the memory is busy while the arithmetic is in the cache.
+template <int Vectors, int Chains, bool Tail, bool Ahead, class T>
 inline void block_gradient_part(const Block<T>& block, const Block<T>& next, size_t j, size_t tail, bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
   Vector<T> sum[Chains][Vectors];
@@ -114,7 +103,7 @@ inline void block_gradient_part(const Block<T>& block, const Block<T>& next, siz
     for (int c = 0; c < Chains; ++c) {
       const Vector<T> factor = broadcast(block.factor[l + c]);
       const T* const row = block.row[l + c] + j;
-      if (Asked == Ahead::rows)  // into L2: past it, a core of Zen 4 reads 10 instead of 15 GB/s
+      if (Ahead)  // into L2: past it, a core of Zen 4 reads 10 instead of 15 GB/s
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) __builtin_prefetch(next.row[l + c] + j + v * w, 0, 2);
 #pragma GCC unroll 8
@@ -125,35 +114,32 @@ inline void block_gradient_part(const Block<T>& block, const Block<T>& next, siz
 }
 
 // The same for a number of vectors that is known only now.
-template <int Most, int Chains, Ahead Asked, class T>
+template <int Most, int Chains, bool Ahead, class T>
 inline void block_gradient_part_of(size_t vectors, const Block<T>& block, const Block<T>& next, size_t j, size_t tail, bool accumulate,
                                    T* gradient) {
   if (vectors == Most)
-    return tail < lanes<T> ? block_gradient_part<Most, Chains, true, Asked>(block, next, j, tail, accumulate, gradient)
-                           : block_gradient_part<Most, Chains, false, Asked>(block, next, j, tail, accumulate, gradient);
-  if constexpr (Most > 1) block_gradient_part_of<Most - 1, Chains, Asked>(vectors, block, next, j, tail, accumulate, gradient);
+    return tail < lanes<T> ? block_gradient_part<Most, Chains, true, Ahead>(block, next, j, tail, accumulate, gradient)
+                           : block_gradient_part<Most, Chains, false, Ahead>(block, next, j, tail, accumulate, gradient);
+  if constexpr (Most > 1) block_gradient_part_of<Most - 1, Chains, Ahead>(vectors, block, next, j, tail, accumulate, gradient);
 }
 
 // gradient[in_features] (+)= sum over the block of factor[l] * row[l]
-template <Ahead Asked, class T>
+template <bool Ahead, class T>
 inline void block_gradient(const Block<T>& block, const Block<T>& next, size_t in_features, bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
   constexpr size_t most = 4;
   const size_t vectors = (in_features + w - 1) / w;
   const int chains = chains_for<T>(vectors);
-  const T* behind = block.row[block.present - 1] + in_features;
   for (size_t first = 0, count; first < vectors; first += count) {
     const size_t left = vectors - first, j = first * w;
     count = left <= most ? left : left == most + 1 ? most - 1 : most;  // a single vector would wait for its sums
     const size_t tail = count < left ? w : in_features - j - (count - 1) * w;
-    if (Asked == Ahead::trace)
-      for (size_t asked = 0; asked < block.padded * count / 8; ++asked, behind += 4 * w) __builtin_prefetch(behind, 0, 2);
     if (chains == 1)
-      block_gradient_part_of<(int)most, 1, Asked>(count, block, next, j, tail, accumulate, gradient);
+      block_gradient_part_of<(int)most, 1, Ahead>(count, block, next, j, tail, accumulate, gradient);
     else if (chains == 2)
-      block_gradient_part_of<(int)most, 2, Asked>(count, block, next, j, tail, accumulate, gradient);
+      block_gradient_part_of<(int)most, 2, Ahead>(count, block, next, j, tail, accumulate, gradient);
     else
-      block_gradient_part_of<1, 4, Asked>(count, block, next, j, tail, accumulate, gradient);
+      block_gradient_part_of<1, 4, Ahead>(count, block, next, j, tail, accumulate, gradient);
   }
 }
 
@@ -167,7 +153,7 @@ void linear_forward(size_t rows, size_t in_features, size_t out_features, const 
     const size_t present = rows - first < w ? rows - first : w;
     group.gather(x, x_stride, nullptr, first, present);
     for (size_t o = 0; o < out_features; ++o) {
-      Vector<T> output = group_dot<(int)w>(group.row, in_features, weight + o * in_features);
+      Vector<T> output = group_dot(group.row, in_features, weight + o * in_features);
       if (bias) output += broadcast(bias[o]);
       if (out_features == 1)
         store_up_to(y + first, output, present);
@@ -189,7 +175,7 @@ void linear_gradient(size_t rows, size_t in_features, size_t out_features, const
       Vector<T> sum = zero<T>();
       for (size_t l = 0; l < block.padded; ++l) block.factor[l] = l < block.present ? g[(first + l) * out_features + o] : T(0);
       for (size_t l = 0; l < block.padded; l += lanes<T>) sum += load(block.factor + l);
-      block_gradient<Ahead::nothing>(block, block, in_features, true, weight_gradient + o * in_features);
+      block_gradient<false>(block, block, in_features, true, weight_gradient + o * in_features);
       if (bias_gradient) bias_gradient[o] += sum_lanes<T>(sum);
     }
   }
@@ -281,32 +267,33 @@ inline void block_in_registers_of(size_t vectors, Block<T>& block, size_t in_fea
   if constexpr (Most > 1) block_in_registers_of<Most - 1>(vectors, block, in_features, weight, bias, accumulate, gradient);
 }
 
-// The same for longer rows from memory: two at a time, with the sums in L1 too.
+// The same for longer rows from memory: the dot product of a row together with the gradient of the row before it, which is in L1 then, so
+// that reading from memory does not pause. Asks for what lies `ahead` elements behind.
 template <class T>
-inline void block_in_pairs(Block<T>& block, size_t in_features, const T* weight, T bias, bool accumulate, T* gradient) {
+inline void block_in_turns(Block<T>& block, size_t in_features, size_t ahead, const T* weight, T bias, bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
-  T sums[most_pair_vectors * w] __attribute__((aligned(lane_bytes)));
-  const auto rows_at = [&](size_t l, auto pair) __attribute__((always_inline)) {
-    const T *const one = block.row[l], *const other = block.row[l + pair.value];
-    Vector<T> factor[2];
-#pragma GCC unroll 2
-    for (size_t k = 0; k <= pair.value; ++k) {
-      Vector<T> sum;
-      lane_sums<1>(block.row + l + k, in_features, weight, &sum);
-      block.factor[l + k] = sum_lanes<T>(sum) + bias - block.factor[l + k];
-      factor[k] = broadcast(SquaredError::gradient(block.factor[l + k]));
-    }
-    const auto add = [&](size_t j, const auto& read) __attribute__((always_inline)) {
-      const Vector<T> sum = fma(read(one + j), factor[0], l ? load(sums + j) : zero<T>());
-      store(sums + j, pair.value ? fma(read(other + j), factor[1], sum) : sum);
+  T sums[most_turn_bytes / sizeof(T) + w] __attribute__((aligned(lane_bytes)));
+  Vector<T> factor = zero<T>();  // of the row before
+  const auto turn = [&](size_t l, auto dot, auto gradient_before) __attribute__((always_inline)) {
+    const T *const row = block.row[dot.value ? l : l - 1], *const before = block.row[gradient_before.value ? l - 1 : l];
+    Vector<T> products = zero<T>();
+    const auto visit = [&](size_t j, const auto& read) __attribute__((always_inline)) {
+      if (dot.value) {
+        __builtin_prefetch(row + j + ahead, 0, 2);
+        products = fma(read(row + j), read(weight + j), products);
+      }
+      store(sums + j, gradient_before.value ? fma(read(before + j), factor, load(sums + j)) : zero<T>());
     };
     size_t j = 0;
-    for (; j + w <= in_features; j += w) add(j, load<T>);
-    if (j < in_features) add(j, [&](const T* p) { return load_partial(p, in_features - j); });
+    for (; j + w <= in_features; j += w) visit(j, load<T>);
+    if (j < in_features) visit(j, [&](const T* p) { return load_partial(p, in_features - j); });
+    if (!dot.value) return;
+    block.factor[l] = sum_lanes<T>(products) + bias - block.factor[l];
+    factor = broadcast(SquaredError::gradient(block.factor[l]));
   };
-  size_t l = 0;
-  for (; l + 2 <= block.present; l += 2) rows_at(l, Constant<true>{});
-  if (l < block.present) rows_at(l, Constant<false>{});
+  turn(0, Constant<true>{}, Constant<false>{});
+  for (size_t l = 1; l < block.present; ++l) turn(l, Constant<true>{}, Constant<true>{});
+  turn(block.present, Constant<false>{}, Constant<true>{});
   for (size_t j = 0; j < in_features; j += w) {
     const size_t count = in_features - j;
     const Vector<T> sum = load(sums + j);
@@ -320,18 +307,15 @@ double linear_step(const LinearStep<T>& s) {
   const size_t in = s.in_features, known = s.rows + s.rows_ahead;
   const size_t block_rows = Block<T>::rows_for(in);
   const auto count_from = [&](size_t first, size_t end) { return end - first < block_rows ? end - first : block_rows; };
-  // Rows from memory, one behind the other: read just so, the processor's own prefetching keeps more of them on their way than it takes
-  // requests for single lines (20 against 16 GB/s for a core of AMD's Zen 4); a trace of requests keeps it on its way during the gradient
-  // of a block beyond L1, which waits for L2. The gradient of longer rows lasts too long for that; shuffled ones are nowhere to be guessed.
-  constexpr size_t most_in_order = 8 << 10;
-  const bool in_order = s.prefetch && !s.index && in * sizeof(T) <= most_in_order;
-  const bool trace = in_order && block_rows * in * sizeof(T) > Block<T>::most_bytes;
-  // One visit leaves the memory no pause (28 against 20 GB/s, in float64 against 17). In the cache it gains where the sums find room in the
-  // registers too and a sum over lanes has enough products. Shuffled rows from memory are better asked for a block at a time.
+  // Rows from memory, one behind the other: to read them once and just so keeps more lines on their way, by the processor's own prefetching,
+  // than it takes requests for single ones (25 to 28 GB/s for a core of AMD's Zen 4, before 20). Shuffled rows are better asked for a block
+  // at a time. In the cache one visit gains where the sums find room in the registers too and a sum over lanes has enough products.
   const size_t vectors = (in + lanes<T> - 1) / lanes<T>;
-  const bool in_registers = in_order ? vectors >= 1 && vectors <= most_row_vectors
-                                     : !s.prefetch && vectors >= 4 && 2 * vectors <= vector_registers;
-  const bool in_pairs = in_order && vectors > most_row_vectors && vectors <= most_pair_vectors;
+  const bool in_order = s.prefetch && !s.index && in > 0 && in * sizeof(T) <= most_turn_bytes;
+  const bool in_registers = in_order ? vectors <= most_row_vectors : !s.prefetch && vectors >= 4 && 2 * vectors <= vector_registers;
+  const bool in_turns = in_order && !in_registers;
+  // Two pages ahead at least, as that prefetching ends at those of 4 KiB: nearer ones cost a third (lines 4 KiB ahead 18 GB/s, 2 KiB 15).
+  const size_t ahead_in_turns = in_turns ? (2 * most_turn_bytes / (in * sizeof(T)) + 1) * s.x_stride : 0;
   Block<T> blocks[2];
   Block<T>*block = &blocks[0], *next = &blocks[1];
   block->gather(s.x, s.x_stride, s.index, 0, count_from(0, s.rows));
@@ -348,25 +332,22 @@ double linear_step(const LinearStep<T>& s) {
       block_targets(s, first, o, *block);
       const bool accumulate = first != 0;
       T* const bias_gradient = s.bias_gradient ? s.bias_gradient + o : nullptr;
-      if (in_registers || in_pairs) {
+      if (in_registers || in_turns) {
         if (in_registers)
           block_in_registers_of<(int)most_row_vectors>(vectors, *block, in, weight, bias, accumulate, gradient);
         else
-          block_in_pairs(*block, in, weight, bias, accumulate, gradient);
+          block_in_turns(*block, in, o == 0 ? ahead_in_turns : 0, weight, bias, accumulate, gradient);
         loss += block_factors(*block, [&](size_t l) { return load(block->factor + l); }, accumulate, bias_gradient);
         continue;
       }
       const auto residual_of = [&](size_t l) __attribute__((always_inline)) {
-        const Vector<T> output = in_order ? group_dot<1>(block->row + l, in, weight) : group_dot<(int)lanes<T>>(block->row + l, in, weight);
-        return output + broadcast(bias) - load(block->factor + l);
+        return group_dot(block->row + l, in, weight) + broadcast(bias) - load(block->factor + l);
       };
       loss += block_factors(*block, residual_of, accumulate, bias_gradient);
       if (ahead && o == 0 && next->padded >= block->padded)
-        block_gradient<Ahead::rows>(*block, *next, in, accumulate, gradient);
-      else if (trace && o == 0)
-        block_gradient<Ahead::trace>(*block, *block, in, accumulate, gradient);
+        block_gradient<true>(*block, *next, in, accumulate, gradient);
       else
-        block_gradient<Ahead::nothing>(*block, *block, in, accumulate, gradient);
+        block_gradient<false>(*block, *block, in, accumulate, gradient);
     }
     Block<T>* const done = block;
     block = next;
