@@ -84,12 +84,13 @@ def works() -> dict[str, Work]:
 
         return 1000, run
 
-    line, plane = gdlib.Linear(10, 1, seed=0), gdlib.Linear(100, 1, seed=0)
+    line, plane, wide = (gdlib.Linear(features, 1, seed=0) for features in (10, 100, 1000))
     found = {
         "fit, SGD: an epoch of 10,000 x 10, batch 32, shuffled": training(
             line, array(10_000, 10), 1, gdlib.SGD(line.parameters(), lr=0.01), batch_size=32
         ),
         "fit, GD: a step on 4,096 x 100": training(plane, array(4096, 100), 1, gdlib.GD(plane.parameters(), lr=0.1), shuffle=False),
+        "fit, GD: a step on 1,024 x 1,000": training(wide, array(1024, 1000), 1, gdlib.GD(wide.parameters(), lr=0.01), shuffle=False),
         "forward, 96 x 200 -> 120, float32": products(96, 200, 120, "float32", backward=False),
         "gradients, 96 x 200 -> 120, float32": products(96, 200, 120, "float32", backward=True),
         "forward, 96 x 200 -> 120, float64": products(96, 200, 120, "float64", backward=False),
@@ -99,8 +100,9 @@ def works() -> dict[str, Work]:
         layers = gdlib.Linear(13, 64, seed=0), gdlib.ReLU(), gdlib.Linear(64, 64, seed=1), gdlib.ReLU(), gdlib.Linear(64, 1, seed=2)
         network = gdlib.Sequential(*layers)
         sgd = gdlib.SGD(network.parameters(), lr=0.01)
-        options: Any = {"batch_size": 32, "shuffle": False}
-        found["fit, 13-64-64-1: an epoch of 512 rows, batch 32"] = training(network, array(512, 13), 1, sgd, **options)
+        for batch_size in (32, 256):
+            options: Any = {"batch_size": batch_size, "shuffle": False}
+            found[f"fit, 13-64-64-1: an epoch of 512 rows, batch {batch_size}"] = training(network, array(512, 13), 1, sgd, **options)
     return found
 
 
