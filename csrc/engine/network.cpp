@@ -119,12 +119,12 @@ int threads_of_pass(const Network& network, std::size_t rows) {
 
 // Into how many pieces of rows the batch of a small network is cut, each with a gradient of its own: this is what then goes from the cache
 // of one core to that of another, and not the outputs and gradients of all layers, of which a piece has several times as much (13-64-64-1,
-// 256 rows, two threads: 52 us without pieces, 44 with them). 4 of 64 rows at least, then more, of 128: one thread loses 4 % to pieces of 64
-// rows, and 2.5 to those of 128. Their gradients are kept, so that there are 16 at most.
+// 256 rows, two threads: 52 us without pieces, 44 with them). Of 64 rows at least, so that there are some in batches of 128, and of 128
+// where that leaves 4: one thread loses 4 % to pieces of 64 rows, 2.5 % to those of 128. All their gradients are kept: 16 at most.
 std::size_t pieces_of(const Network& network, std::size_t rows) {
   constexpr std::size_t least_piece = 64, whole_piece = 128, parameters_of_row = 256, most_pieces = 16;
   const std::size_t n = network.parameters();
-  if (n > most_partial) return 1;
+  if (n == 0 || n > most_partial) return 1;
   const std::size_t piece = std::max(n / parameters_of_row, std::clamp(rows / 4, least_piece, whole_piece));
   std::size_t pieces = 1;
   while (pieces < most_pieces && rows / (2 * pieces) >= piece) pieces *= 2;
@@ -200,7 +200,8 @@ class BatchGradient {
     T* const partials = scratch_.partials.data();
     // A part takes the rows of its pieces through the layers together: one layout of the weights, for as many rows as a cache has room for.
     constexpr std::size_t rows_of_part = 256;
-    const std::size_t together = std::max<std::size_t>(1, std::min(pieces / static_cast<std::size_t>(threads), rows_of_part * pieces / rows));
+    const std::size_t fair = pieces / static_cast<std::size_t>(threads), fitting = rows_of_part * pieces / rows;
+    const std::size_t together = std::max<std::size_t>(1, std::min(fair, fitting));
     const std::size_t parts = ceil_divide(pieces, together);
     parallel_for(parts, threads, [&](std::size_t part, std::size_t worker) {
       if (interrupt_.requested()) return;

@@ -16,7 +16,7 @@ namespace gdlib {
 template <class T>
 class Pass {
  public:
-  // `interrupt` is asked between layers; none within a task.
+  // `interrupt` is asked between layers: given on the calling thread only.
   Pass(const Network& network, const T* parameters, NetworkScratch<T>& scratch, Interrupt* interrupt,
        const std::vector<PackedMatrix<T>>* packed = nullptr)
       : network_(network), parameters_(parameters), scratch_(scratch), interrupt_(interrupt), packed_(packed) {}

@@ -3,8 +3,7 @@
 // Rows are visited in blocks that stay in the L1 cache. Rows that the registers can hold are read once: dot product and gradient, then the
 // next row; longer ones in order from memory too, the dot product of one together with the gradient of the one before. The others are
 // visited twice: dot products of the block first, one accumulator vector for each row, then its gradient, some features at a time. All ways
-// make the same additions. Accumulates in T; sums of losses are returned
-// in double. Rows are read where they lie: shuffled rows are not copied.
+// make the same additions. Accumulates in T; sums of losses are returned in double. Rows are read where they lie, not copied.
 
 namespace gdlib {
 namespace {
@@ -62,7 +61,7 @@ inline Vector<T> group_dot(const T* const* row, size_t in_features, const T* wei
   return sum_each<0, w>([&](int l) { return sum[l]; });
 }
 
-// Two of so many bytes, the weights and the sums of a gradient fit the smallest L1 in use.
+// Rows up to so many bytes are read in turns: two of them, the weights and the sums of the gradient fill the smallest L1 in use, 32 KiB.
 constexpr size_t most_turn_bytes = 8 << 10;
 
 // Rows up to so many vectors are held in the registers (where there are 16, the compiler reads some again from L1).
@@ -272,7 +271,7 @@ inline void block_in_registers_of(size_t vectors, Block<T>& block, size_t in_fea
 template <class T>
 inline void block_in_turns(Block<T>& block, size_t in_features, size_t ahead, const T* weight, T bias, bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
-  T sums[most_turn_bytes / sizeof(T) + w] __attribute__((aligned(lane_bytes)));
+  T sums[most_turn_bytes / sizeof(T)] __attribute__((aligned(lane_bytes)));
   Vector<T> factor = zero<T>();  // of the row before
   const auto turn = [&](size_t l, auto dot, auto gradient_before) __attribute__((always_inline)) {
     const T *const row = block.row[dot.value ? l : l - 1], *const before = block.row[gradient_before.value ? l - 1 : l];
@@ -307,14 +306,14 @@ double linear_step(const LinearStep<T>& s) {
   const size_t in = s.in_features, known = s.rows + s.rows_ahead;
   const size_t block_rows = Block<T>::rows_for(in);
   const auto count_from = [&](size_t first, size_t end) { return end - first < block_rows ? end - first : block_rows; };
-  // Rows from memory, one behind the other: to read them once and just so keeps more lines on their way, by the processor's own prefetching,
+  // Rows from memory, one behind the other: to read them once and just so keeps more lines on their way, by the processor's prefetching,
   // than it takes requests for single ones (25 to 28 GB/s for a core of AMD's Zen 4, before 20). Shuffled rows are better asked for a block
   // at a time. In the cache one visit gains where the sums find room in the registers too and a sum over lanes has enough products.
   const size_t vectors = (in + lanes<T> - 1) / lanes<T>;
   const bool in_order = s.prefetch && !s.index && in > 0 && in * sizeof(T) <= most_turn_bytes;
   const bool in_registers = in_order ? vectors <= most_row_vectors : !s.prefetch && vectors >= 4 && 2 * vectors <= vector_registers;
   const bool in_turns = in_order && !in_registers;
-  // Two pages ahead at least, as that prefetching ends at those of 4 KiB: nearer ones cost a third (lines 4 KiB ahead 18 GB/s, 2 KiB 15).
+  // That prefetching ends with each page: lines of later ones are asked for, 16 KiB ahead and more (4 KiB ahead gives 18 GB/s, 2 KiB 15).
   const size_t ahead_in_turns = in_turns ? (2 * most_turn_bytes / (in * sizeof(T)) + 1) * s.x_stride : 0;
   Block<T> blocks[2];
   Block<T>*block = &blocks[0], *next = &blocks[1];

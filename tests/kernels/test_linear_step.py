@@ -123,7 +123,7 @@ def test_several_tasks(isa, dtype, shape, seed):
 def test_shuffled_rows_give_the_bits_of_rows_that_lie_in_that_order(isa, dtype, out):
     """Few rows, which a cache holds, and many: each is read in the way that suits it."""
     rng = np.random.default_rng(out)
-    for width in (1, 3, 9, 16, 17, 40, 47, 100, 127, 128, 129, 131, 300, 512, 513):
+    for width in (1, 3, 9, 16, 17, 40, 47, 100, 127, 128, 129, 131, 300, 512, 513, 1023, 1024, 1025, 2048, 2049):
         for rows in (77, 2_400_000 // width // np.dtype(dtype).itemsize):
             x, target, start = values(rng, (rows, width), dtype), values(rng, (rows, out), dtype), values(rng, out * (width + 1), dtype)
             order = _core.shuffle_order(7, rows)

@@ -346,6 +346,28 @@ void check_rounds(const gdlib::Network& network, std::size_t rows, std::size_t b
   expect(eigenvalue >= 1.99 * static_cast<double>(rows), "eigenvalue");  // that of the column of ones alone is 2 * rows
 }
 
+// A step whose loss is not finite changes nothing, and a network without parameters has none to change.
+template <class T>
+void check_steps_without_update(std::size_t rows) {
+  gdlib::Network activation_alone;
+  activation_alone.add(gdlib::Activation::tanh, 5, 5, false);
+  for (const gdlib::Network& network : {small_network(), a_network(20, 9), activation_alone}) {
+    const std::size_t n = network.parameters(), in = network.in_features(), out = network.out_features();
+    const auto x = numbers<T>(rows * in, 18), p = numbers<T>(n, 20);
+    auto y = numbers<T>(rows * out, 19);
+    y[rows * out - 1] = std::numeric_limits<T>::infinity();
+    std::vector<T> gradient(n);
+    gdlib::NetworkScratch<T> scratch(network, rows, false, gdlib::Need::gradient);
+    gdlib::Interrupt interrupt(nullptr);
+    std::atomic<int> visited{0};
+    const auto visit = [&](const gdlib::Segment<T>&) { ++visited; };
+    const gdlib::Batch<T> batch{x.data(), in, y.data(), nullptr, rows, 0, false};
+    const double loss = gdlib::network_squared_error_gradient(network, batch, p.data(), gradient.data(), scratch, interrupt,
+                                                              gdlib::SegmentVisitor<T>(visit));
+    expect(!std::isfinite(loss) && visited == 0, "loss that is not finite, rows " + std::to_string(rows));
+  }
+}
+
 // Every task of a loop runs once, and what it writes is seen, also after rests in which threads fall asleep, and from several callers at
 // once; loops inside tasks run on their thread.
 bool run_loops(int threads) {
@@ -411,6 +433,7 @@ void check_all() {
   check_rounds<T>(small_network(), 1000, 127);
   check_rounds<T>(small_network(), 1000, 300);
   check_rounds<T>(a_network(20, 9), 9000, 9000);  // several passes for each step
+  for (std::size_t rows : {20, 300, 5000}) check_steps_without_update<T>(rows);
   for (std::size_t rows : {1, 17, 67, 130})
     for (std::size_t in : {1, 9})
       for (std::size_t out : {1, 8}) check_network<T>(rows, in, out);
