@@ -55,14 +55,13 @@ LIMITS_NOTE = """What keeps the rows marked "no" from their aims, and what was t
 this machine unless another is named. It is shared: for minutes at a time everything is 1.3 to 1.6 times as slow, which single
 calls and the straight lines of costs meet too.
 
-- Gradient descent, 1,000 features, beside NumPy and PyTorch: NumPy's two passes reach 24 of 32 GB/s there, so that one pass at the full
-  bandwidth would be 2.5 times as fast: 3 times cannot be had. A core can wait for some 24 lines that its own instructions asked for, which
-  is 16 GB/s; the prefetcher of its L2, which follows reading in order, keeps more on their way (28 GB/s). So rows up to 8 KiB are read in
-  order. Those that the registers hold are read once (one core, 100 features: 28 GB/s, before 21; float64 27, before 17), twice as long ones
-  by two (300 features: 26, before 18); longer ones in blocks, twice, with every fourth line of what follows asked for during the gradient
-  (1,000 features: 21 GB/s, 18 without). Tried for these: one or two rows at a time, their dot products in one, two and four chains or in
-  halves (11 to 22 GB/s; float64 13 to 17), the dot product of the next 1, 2 and 4 rows within the gradient of the last ones (25, 14, 16),
-  blocks of 4 rows, all lines of 2/8, 3/8 and 4/8 of the next block, every second and eighth one (within 5 %).
+- Gradient descent, 1,000 features, beside NumPy and PyTorch: one pass at the full bandwidth would be 2.65 times as fast as NumPy's two, and
+  4.4 times as fast as PyTorch's, so that 3 and 5 times cannot be had. A core can wait for some 24 lines that its own instructions asked
+  for, which is 16 GB/s; the prefetcher of its L2, which follows reading in order, keeps more on their way (28 GB/s). So rows up to 8 KiB
+  are read in order and once: those that the registers hold for both uses at once (one core, 100 features: 28 GB/s, before 21; float64 27,
+  before 17), longer ones by the dot product of each together with the gradient of the one before, lines 16 KiB ahead being asked for (1,000
+  features: 24 to 26 GB/s, before 21; float64 22 to 25, before 21). Tried for these: two and four rows at a time (23, 21), lines 2, 4 and
+  8 KiB ahead (15, 18, 20), none (19; float64 14), every second and fourth (15, 18), into L1 (11); rows in blocks, twice (21).
 - 2048^3: one core alone reaches 93 to 95 % of the FMA peak forward and 92 to 93 % in the gradients (before 90 and 87 %), two 87 to 94 %.
   What it took: the sums of a tile went over the stack at its begin and end, 300 cycles each time (loops that were not unrolled); tiles of C
   are asked for ahead, to be written (3 %); panels of B fill three fourths of L2 and not half (1 %); groups of copied strips meet 3 MiB of B
@@ -70,13 +69,17 @@ calls and the straight lines of costs meet too.
   copies asked for ahead; blocks of depth of 2, 5.6 and 8 KiB; groups of 4, 16 and 32 tiles; 0.7, 1, 4 and 8 MiB of B.
 - Networks: from 784-512-10 up 84 to 89 % of the FMA peak is reached, and JAX reaches 71 to 86 %: 1.0 to 1.3 is what lies between them. In
   1024-1024-1024-1024 tiles take 92 % of the time, layouts 3.5 %, updates and activations 2 %; in 784-512-10 tiles take 89 % of one
-  thread's time, at 98 % of its peak. In 13-64-64-1 each thread takes its rows through all layers, then its outputs of every weight
-  gradient: two threads gain 1.45 in batches of 256 and 1.2 in batches of 32 (before 1.08 and nothing), where what one core wrote and the
-  other reads costs as much as it gains; one thread is at 70 % of the peak, layouts, updates and calls are the rest.
-- What other users of the machine cost: in quiet minutes one row takes 0.3 us. The same works alone, minutes apart, take 1 to 1.5 times as
-  long, and two threads gain 1.4 to 2. A whole run half an hour before this one met 0.43 us for one row, but 5.2x JAX and 2.39x NumPy in the
-  reference program and 9.8x scikit-learn in shuffled epochs. R^2 of the features, in five runs of that line alone, was 0.974 to 0.994: an
-  element takes 170 to 210 ps, by the way in which rows of that length are read, and 1,024 features are shared by two threads.
+  thread's time, at 98 % of its peak. In 13-64-64-1 each thread takes its rows through all layers; what one
+  core wrote and the other reads costs much of what two threads gain. Batches from 128 rows on are cut into pieces with gradients of their
+  own, so that only these change cores: two threads gain 1.8 in batches of 256 (before 1.45), 44 us for 52. In batches of 32 each thread
+  then takes its outputs of every weight gradient, and they gain 1.2; pieces of 16 rows (11.2 us for 9.6) and weights asked for ahead (no
+  gain) were tried. One thread is at 70 % of the peak, layouts, updates and calls are the rest.
+- What other users of the machine cost: the same works alone, minutes apart, take 1 to 1.5 times as long, two threads gain 1.4 to 2, and
+  NumPy's loop of the reference program was 1.84 to 2.7 times gdlib's. A run some hours before this one, of the same code but for wide rows
+  and batches in pieces, met 2.53x there, 10.7x scikit-learn in shuffled epochs, 1.02x as the least product, 88 % of the peak at 2048^3,
+  1.46x in networks, 1.04x as the least of them, and 0.58 us for one row.
+- Cost against features: rows from 1,024 features on are shared by two threads, and wide rows are read as fast as the memory allows, where
+  64 features have one thread: so twice as many features cost less than twice as much.
 - One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, before all that is said above, the code was 13.9x
   scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
 """
