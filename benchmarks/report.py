@@ -69,8 +69,8 @@ calls and the straight lines of costs meet too.
   copies asked for ahead; blocks of depth of 2, 5.6 and 8 KiB; groups of 4, 16 and 32 tiles; 0.7, 1, 4 and 8 MiB of B.
 - Networks: from 784-512-10 up 84 to 89 % of the FMA peak is reached, and JAX reaches 71 to 86 %: 1.0 to 1.3 is what lies between them. In
   1024-1024-1024-1024 tiles take 92 % of the time, layouts 3.5 %, updates and activations 2 %; in 784-512-10 tiles take 89 % of one
-  thread's time, at 98 % of its peak. In 13-64-64-1 each thread takes its rows through all layers; what one
-  core wrote and the other reads costs much of what two threads gain. Batches from 128 rows on are cut into pieces with gradients of their
+  thread's time, at 98 % of its peak. In 13-64-64-1 each thread takes its rows through all layers; what one core wrote and the other
+  reads costs much of what two threads gain. Batches from 128 rows on are cut into pieces with gradients of their
   own, so that only these change cores: two threads gain 1.8 in batches of 256 (before 1.45), 44 us for 52. In batches of 32 each thread
   then takes its outputs of every weight gradient, and they gain 1.2; pieces of 16 rows (11.2 us for 9.6) and weights asked for ahead (no
   gain) were tried. One thread is at 70 % of the peak, layouts, updates and calls are the rest.
