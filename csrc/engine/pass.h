@@ -35,11 +35,7 @@ class Pass {
     }
     T* const x = at(scratch_.gathered, in);
     T* const target = at(scratch_.targets, out);
-    for (std::size_t r = 0; gather && r < rows; ++r) {
-      const std::size_t row = batch.index[begin + r];
-      std::copy_n(batch.x + row * batch.x_stride, in, x + r * in);
-      std::copy_n(batch.target + row * out, out, target + r * out);
-    }
+    if (gather) gather_rows(batch, begin, rows, begin + batch.rows, in, out, x, target);
     x_ = x;
     x_stride_ = in;
     target_ = target;

@@ -13,13 +13,25 @@
 namespace gdlib {
 namespace {
 
+template <class T>
+std::size_t task_rows_of(const LinearShape& shape, const Batch<T>& batch) {
+  const std::size_t in = shape.in_features, out = shape.out_features;
+  return batch.prefetch ? rows_per_piece(batch.rows, in, out, sizeof(T)) : rows_per_task(in, out, sizeof(T));
+}
+
+template <class T>
+double cycles_of_batch(const LinearShape& shape, const Batch<T>& batch) {
+  const double work = cycles_of(batch.rows, shape.in_features, shape.out_features);
+  return batch.scattered() ? std::max(work, cycles_of_scattered(batch.rows, shape.in_features * sizeof(T))) : work;
+}
+
 // Few outputs: the fused kernel, tasks of rows on all threads.
 template <class T>
 double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient, LinearScratch<T>& scratch,
                             Interrupt& interrupt) {
   const std::size_t weights = shape.in_features * shape.out_features, n = shape.parameters();
   const KernelTable<T>& kernel = table<T>();
-  const auto step = [&](std::size_t begin, std::size_t rows, T* into) {
+  const auto step = [&](std::size_t begin, std::size_t rows, std::size_t next, T* into) {
     LinearStep<T> s;
     // Rows are numbered from `begin` by moving the index, or x and the target where there is none.
     const std::size_t shift = batch.index ? 0 : begin;
@@ -27,7 +39,9 @@ double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, con
     s.x_stride = batch.x_stride;
     s.index = batch.index ? batch.index + begin : nullptr;
     s.rows = rows;
-    s.rows_ahead = batch.rows - begin - rows + batch.rows_ahead;
+    const std::size_t known = batch.rows - begin + batch.rows_ahead;
+    s.next = std::min(next, known);
+    s.rows_ahead = known - s.next;
     s.prefetch = batch.prefetch;
     s.in_features = shape.in_features;
     s.out_features = shape.out_features;
@@ -39,29 +53,41 @@ double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, con
     return kernel.linear_step(s);
   };
 
-  const std::size_t task_rows = rows_per_task(shape.in_features, shape.out_features, sizeof(T));
-  if (batch.rows <= task_rows) return step(0, batch.rows, gradient);
-
+  const std::size_t task_rows = task_rows_of(shape, batch);
   const std::size_t tasks = ceil_divide(batch.rows, task_rows);
+  if (tasks == 1) return step(0, batch.rows, batch.rows, gradient);
+
+  const double cycles = cycles_of_batch(shape, batch);
+  const int threads = threads_for(cycles);
+  // Where a thread has one task of each step, those rows of the next batch come next for it.
+  const bool one_each = static_cast<std::size_t>(threads) >= tasks;
+  const bool ask = cycles > 1e6;  // else whoever makes the steps asks often enough, between them
   scratch.partials.resize(tasks * n);
   scratch.losses.resize(tasks);
-  parallel_for(tasks, threads_for(cycles_of(batch.rows, shape.in_features, shape.out_features)), [&](std::size_t task, std::size_t) {
-    if (interrupt.check()) return;
-    const std::size_t begin = task * task_rows;
-    scratch.losses[task] = step(begin, std::min(task_rows, batch.rows - begin), scratch.partials.data() + task * n);
+  parallel_for(tasks, threads, [&](std::size_t task, std::size_t) {
+    if (ask && interrupt.check()) return;
+    const std::size_t begin = task * task_rows, rows = std::min(task_rows, batch.rows - begin);
+    scratch.losses[task] = step(begin, rows, one_each ? batch.rows : rows, scratch.partials.data() + task * n);
   });
   if (interrupt.requested()) return 0.0;
-  sum_partials(tasks, n, scratch.partials.data(), false, gradient);
+  if (tasks <= most_pieces) {
+    T* const first = scratch.partials.data();
+    kernel.column_sums(tasks - 1, n, first + n, n, first);
+    std::copy_n(first, n, gradient);
+  } else {
+    sum_partials(tasks, n, scratch.partials.data(), false, gradient);
+  }
   double loss = 0.0;
   for (double part : scratch.losses) loss += part;
   return loss;
 }
 
 // Rows [begin, end) of a batch, for many outputs: into[parameters] += their gradient; returns the sum of squared errors. `block_rows` at a
-// time, so that the gradient of a block finds its rows in the cache; those that an index scatters are gathered into `memory` first.
+// time, so that the gradient of a block finds its rows in the cache; those that an index scatters are gathered into `memory` first. `next`
+// is where this thread goes on.
 template <class T>
-double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::size_t begin, std::size_t end, std::size_t block_rows,
-                         const T* parameters, const PackedMatrix<T>* packed, T* into, T* memory) {
+double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::size_t begin, std::size_t end, std::size_t next,
+                         std::size_t block_rows, const T* parameters, const PackedMatrix<T>* packed, T* into, T* memory) {
   const std::size_t in = shape.in_features, out = shape.out_features, weights = in * out;
   const KernelTable<T>& kernel = table<T>();
   T* const outputs = memory;
@@ -74,10 +100,7 @@ double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::s
     const T* target = batch.target ? batch.target + (batch.index ? 0 : begin * out) : nullptr;
     std::size_t x_stride = batch.x_stride;
     if (batch.index) {
-      for (std::size_t r = 0; r < rows; ++r) {
-        std::copy_n(batch.x + batch.index[begin + r] * batch.x_stride, in, gathered + r * in);
-        if (target) std::copy_n(batch.target + batch.index[begin + r] * out, out, targets + r * out);
-      }
+      gather_rows(batch, begin, rows, begin + rows < end ? begin + rows : next, in, out, gathered, target ? targets : nullptr);
       x = gathered;
       x_stride = in;
       if (target) target = targets;
@@ -111,15 +134,17 @@ double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, co
                              Interrupt& interrupt) {
   const std::size_t in = shape.in_features, out = shape.out_features, n = shape.parameters();
   const bool in_tasks = n <= most_partial;
+  const double cycles = cycles_of_batch(shape, batch);
   // Rows of a block: with outputs and targets a fourth of L2, or for large layers enough to share out among threads.
   const std::size_t fitting = l2_bytes() / 4 / ((in + 2 * out) * sizeof(T)) / 8 * 8;
   const std::size_t block_rows = std::min(batch.rows, in_tasks ? std::clamp<std::size_t>(fitting, 32, 256) : std::size_t{512});
   const std::size_t memory = block_rows * (2 * out + (batch.index ? in : 0));
-  const std::size_t task_rows = in_tasks ? rows_per_task(in, out, sizeof(T)) : batch.rows;
+  const std::size_t task_rows = in_tasks ? task_rows_of(shape, batch) : batch.rows;
   const std::size_t tasks = ceil_divide(batch.rows, task_rows);
   PackedMatrix<T> packed;  // laid out once for all blocks
-  if (batch.rows > block_rows) packed = PackedMatrix<T>(in, out, {parameters, 1, in});
-  const PackedMatrix<T>* const weights = batch.rows > block_rows ? &packed : nullptr;
+  const bool pack = batch.rows > block_rows || tasks > 1;
+  if (pack) packed = PackedMatrix<T>(in, out, {parameters, 1, in});
+  const PackedMatrix<T>* const weights = pack ? &packed : nullptr;
   if (tasks == 1) {
     scratch.rows.resize(memory);
     std::fill_n(gradient, n, T(0));
@@ -130,7 +155,7 @@ double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, co
     const std::size_t stretch = in_tasks ? batch.rows : block_rows;
     for (std::size_t begin = 0, chain = 0; begin < batch.rows && !interrupt.check(); begin += stretch) {
       const std::size_t end = std::min(batch.rows, begin + stretch);
-      loss += add_rows_gradient(shape, batch, begin, end, block_rows, parameters, weights, gradient, scratch.rows.data());
+      loss += add_rows_gradient(shape, batch, begin, end, end, block_rows, parameters, weights, gradient, scratch.rows.data());
       chain += end - begin;
       if (!long_chain || (chain < most_chain && end < batch.rows)) continue;
       for (std::size_t i = 0; i < n; ++i) scratch.sums[i] += static_cast<double>(gradient[i]);
@@ -141,14 +166,15 @@ double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, co
       for (std::size_t i = 0; i < n; ++i) gradient[i] = static_cast<T>(scratch.sums[i]);
     return loss;
   }
-  const int threads = threads_for(cycles_of(batch.rows, in, out));
+  const int threads = threads_for(cycles);
+  const bool one_each = static_cast<std::size_t>(threads) >= tasks;
   scratch.rows.resize(memory * static_cast<std::size_t>(threads));
   scratch.partials.assign(tasks * n, T(0));
   scratch.losses.assign(tasks, 0.0);
   parallel_for(tasks, threads, [&](std::size_t task, std::size_t worker) {
     if (interrupt.check()) return;
-    const std::size_t begin = task * task_rows;
-    scratch.losses[task] = add_rows_gradient(shape, batch, begin, std::min(batch.rows, begin + task_rows), block_rows, parameters, weights,
+    const std::size_t begin = task * task_rows, end = std::min(batch.rows, begin + task_rows), next = one_each ? begin + batch.rows : end;
+    scratch.losses[task] = add_rows_gradient(shape, batch, begin, end, next, block_rows, parameters, weights,
                                              scratch.partials.data() + task * n, scratch.rows.data() + worker * memory);
   });
   if (interrupt.requested()) return 0.0;

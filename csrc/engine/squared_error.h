@@ -2,26 +2,14 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 
 #include "../kernels/kernels.h"
 #include "aligned.h"
+#include "batch.h"
 #include "gemm.h"
 #include "parallel.h"
 
 namespace gdlib {
-
-// Rows for one step of training. Row r is at x + (index ? index[r] : r) * x_stride; targets likewise, dense, null for zeros.
-template <class T>
-struct Batch {
-  const T* x;
-  std::size_t x_stride;
-  const T* target;
-  const std::uint32_t* index;
-  std::size_t rows;
-  std::size_t rows_ahead;  // further rows behind these
-  bool prefetch;           // the data set is larger than the caches
-};
 
 // A linear layer whose parameters lie in one vector: weight[out, in], then bias[out] if any.
 struct LinearShape {

@@ -14,6 +14,8 @@ namespace gdlib {
 // shorter chains meet in double.
 constexpr std::size_t most_chain = 1 << 14;
 
+constexpr std::size_t most_pieces = 8;
+
 // Rows of one task: about 512 KiB, so that handing it out (under 1 us) does not count and its gradient stays in cache; at least 64 for
 // each output, so that the tasks' gradients together stay under 1/64 of x.
 inline std::size_t rows_per_task(std::size_t in_features, std::size_t out_features, std::size_t element_bytes) {
@@ -23,12 +25,30 @@ inline std::size_t rows_per_task(std::size_t in_features, std::size_t out_featur
   return std::min(most_chain, std::max<std::size_t>(64 * out_features, rows / 64 * 64));
 }
 
+// The same for a batch from memory, which is much smaller, and takes long enough to be shared where its rows are scattered: up to 8 pieces,
+// so that two, four or eight threads have as many each, of 32 KiB (3 us) and 64 rows at least.
+inline std::size_t rows_per_piece(std::size_t rows, std::size_t in_features, std::size_t out_features, std::size_t element_bytes) {
+  constexpr std::size_t least_bytes = 32 << 10, least_rows = 64, group = 16, most_outputs = 16;
+  const std::size_t row_bytes = in_features * element_bytes, whole = rows_per_task(in_features, out_features, element_bytes);
+  if (out_features > most_outputs) return whole;  // its rows take longer to work on than to read
+  std::size_t pieces = 1;
+  const std::size_t least = std::max(least_rows, least_bytes / std::max<std::size_t>(1, row_bytes));
+  while (pieces < most_pieces && rows / (2 * pieces) >= least) pieces *= 2;
+  const std::size_t piece = ceil_divide(ceil_divide(rows, pieces), group) * group;  // whole groups: 16 floats of AVX-512
+  return std::min(piece, whole);
+}
+
 // Gradients of at most so many elements are computed by each task for itself, and added: 256 KiB in float32 stay in L2 next to the rows.
 constexpr std::size_t most_partial = 1 << 16;
 
 // Roughly, of one thread: what is read from L2 or memory takes longer than 8 multiply-adds a cycle.
 inline double cycles_of(std::size_t rows, std::size_t in_features, std::size_t out_features) {
   return static_cast<double>(rows) * static_cast<double>(in_features) * static_cast<double>(out_features) / 8.0;
+}
+
+// The same for rows that are scattered over memory: a core reads 2 bytes of these a cycle (in order 6).
+inline double cycles_of_scattered(std::size_t rows, std::size_t row_bytes) {
+  return static_cast<double>(rows) * static_cast<double>(row_bytes) / 2.0;
 }
 
 // total[n] (+)= the partial vectors in order, carried in double. They are read as they lie, a stretch of each at a time.

@@ -19,6 +19,8 @@ class RowSource {
   explicit RowSource(const Round<T>& round)
       : round_(round), prefetch_(round.rows * round.network.in_features() * sizeof(T) > half_of_l2) {}
 
+  bool scattered() const { return prefetch_ && round_.epoch_seeds; }  // over memory
+
   void begin_epoch(std::uint64_t epoch, Interrupt& interrupt) {
     if (!round_.epoch_seeds) return;
     const std::uint64_t seed = round_.epoch_seeds[epoch];
@@ -110,6 +112,7 @@ class ManySteps {
     run.target = batches.target;
     run.index = batches.index;
     run.rows = batches.rows;
+    run.rows_ahead = batches.rows_ahead;
     run.batch_size = round_.batch_size;
     run.prefetch = batches.prefetch;
     run.in_features = shape.in_features;
@@ -142,13 +145,14 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
 
   // Steps of a tiny model between two looks at the clock, about 100,000 multiply-adds (10 to 50 us).
   const std::uint64_t steps_at_once = 1 + 100'000 / (round.batch_size * std::max<std::size_t>(1, parameters));
-  ManySteps<T> many(round);
   RowSource<T> source(round);
+  ManySteps<T> many(round);
   NetworkScratch<T> scratch(round.network, round.batch_size, round.epoch_seeds != nullptr, Need::gradient);
   RoundResult result{Stop::finished, round.first_step};
   std::uint64_t epoch = round.first_step / steps_per_epoch;
   std::uint64_t in_epoch = round.first_step % steps_per_epoch;
-  StepPacer pacer(cycles_of(round.batch_size, parameters, 1));
+  const double reading = source.scattered() ? cycles_of_scattered(round.batch_size, round.network.in_features() * sizeof(T)) : 0.0;
+  StepPacer pacer(std::max(cycles_of(round.batch_size, parameters, 1), reading));
   while (result.steps_done < round.last_step) {
     source.begin_epoch(epoch, interrupt);
     if (interrupt.requested()) {

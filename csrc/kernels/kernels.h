@@ -43,7 +43,8 @@ struct LinearStep {
   size_t x_stride;
   const uint32_t* index;  // [rows] row numbers into x and target, or null: rows 0, 1, 2, ...
   size_t rows;
-  size_t rows_ahead;      // rows after these that may be read next
+  size_t next;            // of the rows that may be read after these, the first, numbered like them: `rows` or a later one
+  size_t rows_ahead;      // how many these are
   bool prefetch;          // x is larger than the caches: see to it that the next rows are fetched while these are in work
   size_t in_features;
   size_t out_features;
@@ -62,6 +63,7 @@ struct LinearRun {
   const T* target;        // [*]
   const uint32_t* index;  // [rows] row numbers into x and target, or null: rows 0, 1, 2, ...
   size_t rows;            // of all steps; the last batch may be smaller
+  size_t rows_ahead;      // rows after these that may be read next
   size_t batch_size;
   bool prefetch;          // x is larger than the caches
   size_t in_features;

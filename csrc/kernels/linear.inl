@@ -8,7 +8,8 @@
 namespace gdlib {
 namespace {
 
-// A block of rows, padded to whole groups: past the last row the first one stands in, and its results are dropped or weighed with zero.
+// A block of rows, padded to whole groups and, where it is asked for along with another, to those of that one: past the last row the first
+// one stands in, and its results are dropped or weighed with zero.
 template <class T>
 struct Block {
   static constexpr size_t most = 64;  // rows: enough to pay for touching the gradient once a block
@@ -20,14 +21,14 @@ struct Block {
   T factor[most] __attribute__((aligned(lane_bytes)));  // of each row in the gradient
 
   // Rows first, first + 1, ... of x, by way of the index where there is one.
-  void gather(const T* x, size_t x_stride, const uint32_t* index, size_t first, size_t count) {
+  void gather(const T* x, size_t x_stride, const uint32_t* index, size_t first, size_t count, size_t least = 0) {
     present = count;
     padded = (count + lanes<T> - 1) / lanes<T> * lanes<T>;
     if (index)
       for (size_t l = 0; l < count; ++l) row[l] = x + index[first + l] * x_stride;
     else
       for (size_t l = 0; l < count; ++l) row[l] = x + (first + l) * x_stride;
-    for (size_t l = count; l < padded; ++l) row[l] = row[0];
+    for (size_t l = count; l < padded || l < least; ++l) row[l] = row[0];
   }
 
   static constexpr size_t most_bytes = 16 << 10;  // half of the smallest L1 in use
@@ -105,6 +106,7 @@ inline void block_gradient_part(const Block<T>& block, const Block<T>& next, siz
       if (Ahead)  // into L2: past it, a core of Zen 4 reads 10 instead of 15 GB/s
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) __builtin_prefetch(next.row[l + c] + j + v * w, 0, 2);
+      if (Ahead && Tail) __builtin_prefetch(next.row[l + c] + j + (Vectors - 1) * w + tail - 1, 0, 2);  // where no line begins a vector
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v)
         sum[c][v] = fma(Tail && v + 1 == Vectors ? load_partial(row + v * w, tail) : load(row + v * w), factor, sum[c][v]);
@@ -300,10 +302,19 @@ inline void block_in_turns(Block<T>& block, size_t in_features, size_t ahead, co
   }
 }
 
+// Asks for the rows of a block from `first` on: those for which the block before it has none to do so along with.
+template <class T>
+inline void fetch_rows(const Block<T>& block, size_t first, size_t in_features) {
+  for (size_t l = first; l < block.present; ++l) {
+    for (size_t j = 0; j < in_features; j += lanes<T>) __builtin_prefetch(block.row[l] + j, 0, 2);
+    __builtin_prefetch(block.row[l] + in_features - 1, 0, 2);
+  }
+}
+
 // One pass: residual r = x weight^T + bias - target, gradient 2 r^T x; returns the sum of r^2.
 template <class T>
 double linear_step(const LinearStep<T>& s) {
-  const size_t in = s.in_features, known = s.rows + s.rows_ahead;
+  const size_t in = s.in_features;
   const size_t block_rows = Block<T>::rows_for(in);
   const auto count_from = [&](size_t first, size_t end) { return end - first < block_rows ? end - first : block_rows; };
   // Rows from memory, one behind the other: to read them once and just so keeps more lines on their way, by the processor's prefetching,
@@ -320,10 +331,13 @@ double linear_step(const LinearStep<T>& s) {
   block->gather(s.x, s.x_stride, s.index, 0, count_from(0, s.rows));
   double loss = 0;
   for (size_t first = 0; first < s.rows; first += block_rows) {
-    const size_t following = first + block->present;
-    const bool ahead = s.prefetch && !in_order && following < known;
-    if (ahead || following < s.rows)
-      next->gather(s.x, s.x_stride, s.index, following, count_from(following, following < s.rows ? s.rows : known));
+    const bool last = first + block->present == s.rows;
+    const size_t following = last ? s.next : first + block->present, end = last ? s.next + s.rows_ahead : s.rows;
+    const bool ahead = s.prefetch && in > 0 && !in_order && following < end;
+    if (ahead || !last) next->gather(s.x, s.x_stride, s.index, following, count_from(following, end), block->padded);
+    if (ahead) fetch_rows(*next, block->padded, in);
+    if (ahead && s.index && s.target)  // the targets lie as scattered (without, 10 % slower)
+      for (size_t l = 0; l < next->present; ++l) __builtin_prefetch(s.target + s.index[following + l] * s.out_features, 0, 2);
     for (size_t o = 0; o < s.out_features; ++o) {
       const T* const weight = s.weight + o * in;
       const T bias = s.bias ? s.bias[o] : T(0);
@@ -343,7 +357,7 @@ double linear_step(const LinearStep<T>& s) {
         return group_dot(block->row + l, in, weight) + broadcast(bias) - load(block->factor + l);
       };
       loss += block_factors(*block, residual_of, accumulate, bias_gradient);
-      if (ahead && o == 0 && next->padded >= block->padded)
+      if (ahead && o == 0)
         block_gradient<true>(*block, *next, in, accumulate, gradient);
       else
         block_gradient<false>(*block, *block, in, accumulate, gradient);

@@ -1,0 +1,48 @@
+// The rows of one step of training, and how they are brought together where an index scatters them.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+namespace gdlib {
+
+// Row r is at x + (index ? index[r] : r) * x_stride; targets likewise, dense, null for zeros.
+template <class T>
+struct Batch {
+  const T* x;
+  std::size_t x_stride;
+  const T* target;
+  const std::uint32_t* index;
+  std::size_t rows;
+  std::size_t rows_ahead;  // further rows behind these
+  bool prefetch;           // the data set is larger than the caches
+
+  bool scattered() const { return index && prefetch; }  // over memory
+};
+
+// x[rows, in_features], target[rows, out_features] = the rows from `begin` on of a batch that has an index; target may be null. Asks for
+// those that this thread gathers after them, whose first has the number `next`: a row's lines are then on their way together.
+template <class T>
+void gather_rows(const Batch<T>& batch, std::size_t begin, std::size_t rows, std::size_t next, std::size_t in_features,
+                 std::size_t out_features, T* x, T* target) {
+  constexpr std::size_t ahead_bytes = 64 << 10;  // some microseconds before; a small part of L2
+  const std::size_t ahead = std::min(rows, 1 + ahead_bytes / std::max<std::size_t>(1, in_features * sizeof(T)));
+  const std::size_t known = batch.prefetch ? batch.rows + batch.rows_ahead : 0;
+  const auto ask_for = [](const T* row, std::size_t size) {
+    for (std::size_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
+    if (size > 0) __builtin_prefetch(row + size - 1, 0, 2);
+  };
+  for (std::size_t r = 0; r < rows; ++r) {
+    const std::size_t later = r + ahead < rows ? begin + r + ahead : next + (r + ahead - rows);
+    if (later < known) {
+      ask_for(batch.x + batch.index[later] * batch.x_stride, in_features);
+      if (target) ask_for(batch.target + batch.index[later] * out_features, out_features);
+    }
+    const std::size_t row = batch.index[begin + r];
+    std::copy_n(batch.x + row * batch.x_stride, in_features, x + r * in_features);
+    if (target) std::copy_n(batch.target + row * out_features, out_features, target + r * out_features);
+  }
+}
+
+}  // namespace gdlib
