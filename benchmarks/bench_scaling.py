@@ -5,6 +5,7 @@ The sizes of one axis take turns, so that a neighbour's load meets them all; the
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,6 +72,7 @@ def _axis(
     check: Callable[[Any, Any], None],
     limits: Sequence[Contender],
     work: float = 1.0,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Axis:
     def prepare(_: Any, size: int, how: Callable[[Any], Run]) -> Run:
         given = problem(size)
@@ -78,7 +80,9 @@ def _axis(
         return lambda: (given, run())
 
     contenders = [
-        Contender(label(who, size), partial(prepare, size=size, how=how), work) for who, how in preparations.items() for size in sizes
+        Contender(label(who, size), partial(prepare, size=size, how=how), work, around=around)
+        for who, how in preparations.items()
+        for size in sizes
     ]
     title = f"Scaling with {name}: {what}"
     return Axis(name, what, sizes, Group(title, "run", [*contenders, *limits], check=lambda _, result: check(*result), rounds=9))
@@ -111,12 +115,13 @@ AXES = [
     ),
     _axis(
         "features",
-        f"an SGD epoch of {SGD_ROWS:,} rows, batch {BATCH_SIZE}",
+        f"an SGD epoch of {SGD_ROWS:,} rows, batch {BATCH_SIZE}, gdlib on one thread",
         FEATURES,
         functools.cache(lambda size: bench_gradient_descent.data(SGD_ROWS, size, "float32")),
         _sgds,
         check_sgd,
-        _bandwidth(4 * SGD_ROWS * FEATURES[-1]),
+        machine.bandwidth(1, 4 * SGD_ROWS * FEATURES[-1]),
+        around=partial(machine.gdlib_threads, 1),  # the line would bend where a batch becomes large enough for two
     ),
     _axis(
         "outputs",

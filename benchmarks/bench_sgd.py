@@ -64,11 +64,16 @@ def _group(shuffle: bool) -> Group:
         *peers.pytorch("PyTorch loop", partial(peers.pytorch_loop, batches="shuffled" if shuffle else "in order", **options)),
         *peers.pytorch("PyTorch by hand", partial(peers.pytorch_by_hand, shuffle=shuffle, **options)),
         *([] if shuffle else [Contender("JAX jit(scan)", partial(peers.jax_scan, **options))]),
-        *machine.bandwidth(1, BYTES),
+        *machine.bandwidth(machine.THREADS if shuffle else 1, BYTES),
     ]
     note = (
         f"An epoch is {STEPS:,} steps of {BATCH_SIZE} rows ({ROWS:,} of one row for scikit-learn), from a fresh model; the loss at its end "
-        "must be within 5 % of the noise floor. The limit is one core's: a batch is too little work to share."
+        "must be within 5 % of the noise floor. "
+    )
+    note += (
+        "The limit is reading in order, with all threads, which share a batch."
+        if shuffle
+        else "The limit is one core's: a batch is too little work to share."
     )
     order = "shuffled" if shuffle else "in order"
     title = f"SGD epoch, {ROWS:,} x {FEATURES}, batch {BATCH_SIZE}, {order}"
