@@ -14,12 +14,6 @@ namespace gdlib {
 namespace {
 
 template <class T>
-std::size_t task_rows_of(const LinearShape& shape, const Batch<T>& batch) {
-  const std::size_t in = shape.in_features, out = shape.out_features;
-  return batch.prefetch ? rows_per_piece(batch.rows, in, out, sizeof(T)) : rows_per_task(in, out, sizeof(T));
-}
-
-template <class T>
 double cycles_of_batch(const LinearShape& shape, const Batch<T>& batch) {
   const double work = cycles_of(batch.rows, shape.in_features, shape.out_features);
   return batch.scattered() ? std::max(work, cycles_of_scattered(batch.rows, shape.in_features * sizeof(T))) : work;
@@ -53,7 +47,7 @@ double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, con
     return kernel.linear_step(s);
   };
 
-  const std::size_t task_rows = task_rows_of(shape, batch);
+  const std::size_t task_rows = rows_per_piece(batch.rows, shape.in_features, shape.out_features, sizeof(T));
   const std::size_t tasks = ceil_divide(batch.rows, task_rows);
   if (tasks == 1) return step(0, batch.rows, batch.rows, gradient);
 
@@ -139,7 +133,7 @@ double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, co
   const std::size_t fitting = l2_bytes() / 4 / ((in + 2 * out) * sizeof(T)) / 8 * 8;
   const std::size_t block_rows = std::min(batch.rows, in_tasks ? std::clamp<std::size_t>(fitting, 32, 256) : std::size_t{512});
   const std::size_t memory = block_rows * (2 * out + (batch.index ? in : 0));
-  const std::size_t task_rows = in_tasks ? task_rows_of(shape, batch) : batch.rows;
+  const std::size_t task_rows = in_tasks ? rows_per_piece(batch.rows, in, out, sizeof(T)) : batch.rows;
   const std::size_t tasks = ceil_divide(batch.rows, task_rows);
   PackedMatrix<T> packed;  // laid out once for all blocks
   const bool pack = batch.rows > block_rows || tasks > 1;

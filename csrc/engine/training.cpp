@@ -98,7 +98,8 @@ class ManySteps {
     constexpr std::size_t most_batch = 1024, least_cut_row = 160;
     const Network& network = round.network;
     const std::size_t in = network.in_features();
-    const bool cut = from_memory && in * sizeof(T) >= least_cut_row && rows_per_piece(round.batch_size, in, 1, sizeof(T)) < round.batch_size;
+    const bool cut =
+        from_memory && in * sizeof(T) >= least_cut_row && rows_per_piece(round.batch_size, in, 1, sizeof(T)) < round.batch_size;
     possible_ = network.is_lone_linear() && network.out_features() == 1 && in <= table<T>().run_features && !cut &&
                 round.batch_size <= most_batch && round.ranges.size() == 1 && round.ranges[0].begin == 0 &&
                 round.ranges[0].end == network.parameters();

@@ -70,7 +70,6 @@ size_t linear_run_of(const LinearRun<T>& run) {
 
     const auto group = [&](size_t first, size_t present, auto whole) {
       if (Scattered)
-#pragma GCC unroll 1
         for (size_t l = first + ahead; l < first + ahead + present && l < known; ++l) {
           const T* const x = run.x + run.index[l] * run.x_stride;
 #pragma GCC unroll 4
