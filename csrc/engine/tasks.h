@@ -47,11 +47,6 @@ inline double cycles_of(std::size_t rows, std::size_t in_features, std::size_t o
   return static_cast<double>(rows) * static_cast<double>(in_features) * static_cast<double>(out_features) / 8.0;
 }
 
-// The same for rows that are scattered over memory: a core reads 2 bytes of these a cycle (in order 6).
-inline double cycles_of_scattered(std::size_t rows, std::size_t row_bytes) {
-  return static_cast<double>(rows) * static_cast<double>(row_bytes) / 2.0;
-}
-
 // total[n] (+)= the partial vectors in order, carried in double. They are read as they lie, a stretch of each at a time.
 template <class T>
 void sum_partials(std::size_t count, std::size_t n, const T* partials, bool accumulate, T* total) {

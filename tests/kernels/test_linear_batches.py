@@ -11,12 +11,13 @@ from tests.kernels.guarded import Guarded, poisoned, values
 
 SEEDS = (5, 6)
 LR = 0.01
-# (rows, in_features, out_features, batch_size): 2 to 8 pieces, equal and not, on few outputs and on more; and with few features none.
+# (rows, in_features, out_features, batch_size): 2 to 8 pieces, equal and not, on few outputs and on more; of 20 outputs, and of few features, none.
 SHAPES = [
     (3000, 100, 1, 256),
     (2100, 130, 3, 300),
     (700, 500, 1, 699),
     (1900, 120, 9, 270),
+    (900, 300, 20, 250),
     (8000, 37, 1, 50),
     (8000, 37, 1, 999),
     (40, 5001, 1, 9),
