@@ -11,7 +11,8 @@ from tests.kernels.guarded import Guarded, poisoned, values
 
 SEEDS = (5, 6)
 LR = 0.01
-# (rows, in_features, out_features, batch_size): 2 to 8 pieces, equal and not, on few outputs and on more; of 20 outputs, and of few features, none.
+# (rows, in_features, out_features, batch_size): 2 to 8 pieces, equal and not, on few outputs and on more; none of 20 outputs, nor of few
+# features.
 SHAPES = [
     (3000, 100, 1, 256),
     (2100, 130, 3, 300),
