@@ -77,37 +77,33 @@ inline void transpose(V (&v)[N]) {
   }
 }
 
-// N columns of a panel from N sequences of `depth` elements, of which `present` exist.
-template <class T, int N>
+// A vector's columns of a panel from as many sequences of `depth` elements, of which `present` exist: N steps at a time, of which the last
+// may repeat some of those before.
+template <class T>
 inline void pack_transposed(size_t depth, size_t present, const T* source, size_t stride, T* panel, size_t panel_width) {
-  typedef typename Strip<T, N>::type V;
-  typedef typename Strip<T, N>::unaligned U;
-  size_t d = 0;
-  for (; d + N <= depth; d += N) {
-    V v[N];
-    if (present >= N) {
+  constexpr int n = (int)lanes<T>;
+  const auto steps = [&](size_t d, size_t count, auto all) __attribute__((always_inline)) {
+    Vector<T> v[n];
 #pragma GCC unroll 16
-      for (int i = 0; i < N; ++i) {
-        v[i] = *reinterpret_cast<const U*>(source + i * stride + d);
-        // Sequences whose starts are a power of two apart are too many for the prefetchers: 20 % of a matrix read once from memory.
-        __builtin_prefetch(source + i * stride + d + 8 * N, 0, 2);
-      }
-    } else {
-      for (int i = 0; i < N; ++i) v[i] = (size_t)i < present ? *reinterpret_cast<const U*>(source + i * stride + d) : V{};
+    for (int i = 0; i < n; ++i) {
+      const T* const from = source + i * stride + d;
+      v[i] = !all.value && (size_t)i >= present ? zero<T>() : all.value ? load(from) : load_first(from, count);
+      // Sequences whose starts are a power of two apart are too many for the prefetchers: 20 % of a matrix read once from memory.
+      if (all.value) __builtin_prefetch(from + 8 * n, 0, 2);
     }
-    transpose<1, N>(v);
+    transpose<1, n>(v);
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) *reinterpret_cast<U*>(panel + (d + i) * panel_width) = v[i];
+    for (int i = 0; i < n; ++i)
+      if (all.value || (size_t)i < count) store(panel + (d + i) * panel_width, v[i]);
+  };
+  for (size_t d = 0; d < depth;) {
+    const size_t left = depth - d, count = left < (size_t)n ? left : (size_t)n;
+    if (present < (size_t)n || depth < (size_t)n)
+      steps(d, count, Constant<false>{});
+    else
+      steps(d + count - n, n, Constant<true>{});
+    d += count;
   }
-  if (d == depth) return;
-  const size_t rest = depth - d;
-  V v[N];
-  for (int i = 0; i < N; ++i) {
-    v[i] = V{};
-    if ((size_t)i < present) __builtin_memcpy(&v[i], source + i * stride + d, rest * sizeof(T));
-  }
-  transpose<1, N>(v);
-  for (size_t i = 0; i < rest; ++i) *reinterpret_cast<U*>(panel + (d + i) * panel_width) = v[i];
 }
 
 // The same where each step's elements are neighbours, and the steps `stride` apart.
@@ -127,7 +123,7 @@ void gemm_pack_columns(size_t depth, size_t width, const T* source, size_t depth
   for (size_t k = 0; k < panel_width; k += n) {
     const size_t present = width > k ? width - k : 0;
     if (width_stride != 1)
-      pack_transposed<T, n>(depth, present, source + k * width_stride, width_stride, panel + k, panel_width);
+      pack_transposed(depth, present, source + k * width_stride, width_stride, panel + k, panel_width);
     else
       pack_straight<T, n>(depth, present, source + k, depth_stride, panel + k, panel_width);
   }
