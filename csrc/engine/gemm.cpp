@@ -154,7 +154,30 @@ class Multiplication {
 
   std::size_t row_begin(std::size_t tile) const { return cut(p_.rows, row_tiles_, tile); }
 
+  // Few rows, to which each element of B is of little use: it is not copied first.
+  bool few_rows() const { return p_.rows <= most_transposed_rows && p_.b.row_stride == 1 && p_.b.col_stride != 1 && !p_.packed && !p_.updated; }
+
+  void run_few_rows(std::size_t col, std::size_t end) const {
+    GemmTile<T> t{};
+    t.depth = p_.depth;
+    t.a = p_.a.data;
+    t.a_row_stride = p_.a.row_stride;
+    t.a_depth_stride = p_.a.col_stride;
+    t.b = p_.b.at(0, col);
+    t.b_stride = p_.b.col_stride;
+    t.c = p_.c + col;
+    t.c_stride = p_.c_stride;
+    t.start = p_.accumulate ? t.c : p_.bias ? p_.bias + col : nullptr;
+    t.start_stride = p_.accumulate ? p_.c_stride : 0;
+    t.columns = end - col;
+    kernel_.gemm_transposed[p_.rows - 1](t);
+    if (p_.finish) p_.finish({0, p_.rows, col, t.columns, t.c, p_.c_stride});
+  }
+
   void run_task(std::size_t row_part, std::size_t col_part, T* scratch) const {
+    if (few_rows())
+      return run_few_rows(panels_.begin(cut(panels_.count, tasks_.cols, col_part)),
+                          std::min(p_.cols, panels_.begin(cut(panels_.count, tasks_.cols, col_part + 1))));
     const std::size_t first_tile = cut(row_tiles_, tasks_.rows, row_part), last_tile = cut(row_tiles_, tasks_.rows, row_part + 1);
     const std::size_t last_panel = cut(panels_.count, tasks_.cols, col_part + 1);
     for (std::size_t panel = cut(panels_.count, tasks_.cols, col_part); panel < last_panel;) {

@@ -77,6 +77,47 @@ inline void transpose(V (&v)[N]) {
   }
 }
 
+// v[i] = step i of `count` steps of a vector's columns, each a sequence of elements, of which `present` exist. All: as many steps and columns
+// as a vector has lanes.
+template <bool All, class T>
+inline void read_transposed(const T* source, size_t stride, size_t present, size_t count, Vector<T> (&v)[lanes<T>]) {
+  constexpr int n = (int)lanes<T>;
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    const T* const from = source + i * stride;
+    v[i] = !All && (size_t)i >= present ? zero<T>() : All ? load(from) : load_first(from, count);
+    // Sequences whose starts are a power of two apart are too many for the prefetchers: 20 % of a matrix read once from memory.
+    if (All) __builtin_prefetch(from + 8 * n, 0, 2);
+  }
+  transpose<1, n>(v);
+}
+
+// c[Rows, columns] = start + a b for few rows and a b whose columns are sequences of `depth` elements, b_stride apart: each vector of columns
+// is transposed in registers, and used once. The chains of gemm_tile.
+template <class T, int Rows>
+void gemm_transposed(const GemmTile<T>& t) {
+  constexpr size_t w = lanes<T>;
+  for (size_t k = 0; k < t.columns; k += w) {
+    const size_t present = t.columns - k;
+    Vector<T> sum[Rows];
+    for (int r = 0; r < Rows; ++r) sum[r] = t.start ? load_up_to(t.start + r * t.start_stride + k, present) : zero<T>();
+    const auto steps = [&](size_t d, size_t count, auto all) __attribute__((always_inline)) {
+      Vector<T> column[w];
+      read_transposed<all.value>(t.b + k * t.b_stride + d, t.b_stride, present, count, column);
+#pragma GCC unroll 16
+      for (size_t i = 0; i < w; ++i)
+        if (all.value || i < count)
+#pragma GCC unroll 4
+          for (int r = 0; r < Rows; ++r) sum[r] = fma(broadcast(t.a[r * t.a_row_stride + (d + i) * t.a_depth_stride]), column[i], sum[r]);
+    };
+    size_t d = 0;
+    if (present >= w)
+      for (; d + w <= t.depth; d += w) steps(d, w, Constant<true>{});
+    for (; d < t.depth; d += w) steps(d, t.depth - d < w ? t.depth - d : w, Constant<false>{});
+    for (int r = 0; r < Rows; ++r) store_up_to(t.c + r * t.c_stride + k, sum[r], present);
+  }
+}
+
 // A vector's columns of a panel from as many sequences of `depth` elements, of which `present` exist: N steps at a time, of which the last
 // may repeat some of those before.
 template <class T>
@@ -84,14 +125,7 @@ inline void pack_transposed(size_t depth, size_t present, const T* source, size_
   constexpr int n = (int)lanes<T>;
   const auto steps = [&](size_t d, size_t count, auto all) __attribute__((always_inline)) {
     Vector<T> v[n];
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      const T* const from = source + i * stride + d;
-      v[i] = !all.value && (size_t)i >= present ? zero<T>() : all.value ? load(from) : load_first(from, count);
-      // Sequences whose starts are a power of two apart are too many for the prefetchers: 20 % of a matrix read once from memory.
-      if (all.value) __builtin_prefetch(from + 8 * n, 0, 2);
-    }
-    transpose<1, n>(v);
+    read_transposed<all.value>(source + d, stride, present, count, v);
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i)
       if (all.value || (size_t)i < count) store(panel + (d + i) * panel_width, v[i]);

@@ -105,6 +105,7 @@ struct GemmTile {
 
 constexpr size_t most_tile_rows = 8;
 constexpr size_t most_tile_vectors = 3;
+constexpr size_t most_transposed_rows = 4;
 
 // What may follow a linear layer; none: nothing does.
 enum class Activation { none, relu, tanh, sigmoid };
@@ -119,6 +120,9 @@ struct KernelTable {
   size_t tile_vectors;
   size_t lanes;  // elements of a vector
   void (*gemm_tile[most_tile_rows][most_tile_vectors])(const GemmTile<T>& tile);
+
+  // The same for few rows, r of them by gemm_transposed[r - 1], and any columns of b, each a sequence of `depth` elements, b_stride apart.
+  void (*gemm_transposed[most_transposed_rows])(const GemmTile<T>& tile);
 
   // panel[depth][panel_width] = the elements (d, k) of a source with the given strides, one of which is 1, for k < width, and zeros from
   // there on. Columns of b: panel_width is a multiple of `lanes`. Rows of a: it is tile_rows, and the stride of k is 1.

@@ -20,6 +20,10 @@ constexpr KernelTable<T> make_table() {
   table.tile_vectors = Vectors;
   table.lanes = lanes<T>;
   fill_tiles<T, Rows, Vectors>(table);
+  table.gemm_transposed[0] = gemm_transposed<T, 1>;
+  table.gemm_transposed[1] = gemm_transposed<T, 2>;
+  table.gemm_transposed[2] = gemm_transposed<T, 3>;
+  table.gemm_transposed[3] = gemm_transposed<T, 4>;
   table.gemm_pack_columns = gemm_pack_columns<T>;
   table.gemm_pack_rows = gemm_pack_rows<T, Rows>;
   table.linear_forward = linear_forward<T>;
