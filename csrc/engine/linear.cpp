@@ -12,6 +12,26 @@
 namespace gdlib {
 namespace {
 
+// c[rows, cols] (+)= a product of few columns, computed as the transposed one, of few rows: its vectors are full.
+template <class T>
+void gemm_transposed(std::size_t rows, std::size_t cols, std::size_t depth, MatrixView<T> a, MatrixView<T> b, bool accumulate, T* c) {
+  Product<T> p{cols, rows, depth, {b.data, b.col_stride, b.row_stride}, {a.data, a.col_stride, a.row_stride}};
+  p.accumulate = accumulate;
+  p.c_stride = rows;
+  if (cols == 1) {  // the same memory either way
+    p.c = c;
+    return gemm(p);
+  }
+  static thread_local AlignedVector<T> memory;
+  memory.resize(rows * cols);
+  p.c = memory.data();
+  for (std::size_t r = 0; accumulate && r < rows; ++r)
+    for (std::size_t k = 0; k < cols; ++k) p.c[k * rows + r] = c[r * cols + k];
+  gemm(p);
+  for (std::size_t r = 0; r < rows; ++r)
+    for (std::size_t k = 0; k < cols; ++k) c[r * cols + k] = p.c[k * rows + r];
+}
+
 // weight_gradient[out, in] = g[rows, out]^T x[rows, in], one chain over the rows for each element.
 template <class T>
 Product<T> weight_product(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, std::size_t g_stride, const T* x,
@@ -105,7 +125,12 @@ void linear_input_gradient(std::size_t rows, std::size_t in_features, std::size_
     const std::size_t at = block.row * in_features + block.col;
     kernel.activation_backward(activation, block.rows, block.cols, input + at, in_features, block.data, in_features);
   };
-  if (out_features >= few_outputs || out_features == 0) {
+  if (in_features <= few_inputs && out_features >= few_outputs) {
+    gemm_transposed<T>(rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}, false, input_gradient);
+    if (activation != Activation::none) chain(Block<T>{0, rows, 0, in_features, input_gradient, in_features});
+    return;
+  }
+  if (out_features >= few_output_gradients || out_features == 0) {
     Product<T> p{rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}};
     p.c = input_gradient;
     p.c_stride = in_features;
@@ -125,8 +150,10 @@ void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size
                             std::size_t x_stride, bool accumulate, T* weight_gradient, T* bias_gradient) {
   if (bias_gradient && !accumulate) std::fill_n(bias_gradient, out_features, T(0));
   const std::size_t weights = in_features * out_features;
-  if (out_features >= few_outputs) {
+  if (out_features >= few_output_gradients) {
     if (bias_gradient) add_column_sums(rows, out_features, g, out_features, bias_gradient);
+    if (rows <= most_chain && in_features <= few_inputs && out_features >= few_outputs)
+      return gemm_transposed<T>(out_features, in_features, rows, {g, 1, out_features}, {x, x_stride, 1}, accumulate, weight_gradient);
     if (rows <= most_chain) {
       Product<T> p = weight_product(rows, in_features, out_features, g, out_features, x, x_stride, weight_gradient);
       p.accumulate = accumulate;

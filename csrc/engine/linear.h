@@ -11,6 +11,12 @@ namespace gdlib {
 // Below this, a vector of outputs would be mostly empty: rows are folded by kernels of their own instead of products of panels.
 constexpr std::size_t few_outputs = 8;
 
+// Below this, the same of gradients, whose products have rows and depths of outputs, not vectors.
+constexpr std::size_t few_output_gradients = 4;
+
+// Up to this, vectors of inputs would be: their gradients are computed transposed, with vectors of outputs and of rows.
+constexpr std::size_t few_inputs = 4;
+
 // y[rows, out] = activation(x[rows, in] weight[out, in]^T + bias[out]); bias may be null, `packed` is weight^T laid out before, or null.
 // A row's bits do not depend on the other rows. With `check`, false when a number that the activation gets is not finite.
 template <class T>
