@@ -67,19 +67,22 @@ calls and the straight lines of costs meet too.
   are asked for ahead, to be written (3 %); panels of B fill three fourths of L2 and not half (1 %); groups of copied strips meet 3 MiB of B
   (2 %), 8 steps of depth are copied at a time (2 %). Tried without gain: rows of A asked for ahead, wholly or their first 1 to 32 lines;
   copies asked for ahead; blocks of depth of 2, 5.6 and 8 KiB; groups of 4, 16 and 32 tiles; 0.7, 1, 4 and 8 MiB of B.
-- Networks: from 784-512-10 up 84 to 89 % of the FMA peak is reached, and JAX reaches 71 to 86 %: 1.0 to 1.3 is what lies between them. In
+- Networks: from 784-512-10 up gdlib reaches 90 % of the FMA peak and more, and JAX 71 to 90 %: 1.05 to 1.4 is what lies between them. In
   1024-1024-1024-1024 tiles take 92 % of the time, layouts 3.5 %, updates and activations 2 %; in 784-512-10 tiles take 89 % of one
-  thread's time, at 98 % of its peak. In 13-64-64-1 each thread takes its rows through all layers; what one core wrote and the other
+  thread's time, at 98 % of its peak. What `fit` does once, a copy of the parameters and a look at what the last update left, took 3.6 % of
+  these 64 steps and takes 1 to 2 %. In 13-64-64-1 each thread takes its rows through all layers; what one core wrote and the other
   reads costs much of what two threads gain. Batches from 128 rows on are cut into pieces with gradients of their
   own, so that only these change cores: two threads gain 1.8 in batches of 256 (before 1.45), 44 us for 52. In batches of 32 each thread
-  then takes its outputs of every weight gradient, and they gain 1.2; pieces of 16 rows (11.2 us for 9.6) and weights asked for ahead (no
-  gain) were tried. One thread is at 70 % of the peak, layouts, updates and calls are the rest.
-- What other users of the machine cost: the same works alone, minutes apart, take 1 to 1.5 times as long, two threads gain 1.4 to 2, and
-  NumPy's loop of the reference program was 1.84 to 2.7 times gdlib's. A run some hours before this one, of the same code but for wide rows
-  and batches in pieces, met 2.53x there, 10.7x scikit-learn in shuffled epochs, 1.02x as the least product, 88 % of the peak at 2048^3,
-  1.46x in networks, 1.04x as the least of them, and 0.58 us for one row.
-- Cost against features: rows from 1,024 features on are shared by two threads, and wide rows are read as fast as the memory allows, where
-  64 features have one thread: so twice as many features cost less than twice as much.
+  then takes its outputs of every weight gradient, and they gain 1.0 to 1.2; pieces of 16 rows (11.2 us for 9.6) and weights asked for
+  ahead (no gain) were tried. One thread is at 70 % of the peak, layouts, updates and calls are the rest.
+- Shuffled epochs: 1.7 times as fast as before in what two threads share, 1.1 to 1.4 times on one. Rows and their targets are asked for
+  along with the arithmetic, a block of rows or 64 rows before; a batch is cut into pieces of 32 KiB and more (256 x 100, one thread:
+  45 ns a row, 41 with its targets asked for; two threads 24 to 33). A core waits for 24 lines, 7 or 8 a row, at 120 ns: 40 ns. Tried:
+  row and gradient at one visit with requests (59 ns), pieces of 16 KiB (no gain), the pieces' first lines in order asked for (2 to 10 %
+  slower).
+- What other users of the machine cost: the same works alone, minutes apart, take 1 to 1.5 times as long, two threads gain 1.4 to 2,
+  NumPy's loop of the reference program was 1.84 to 2.8 times gdlib's, one row took 0.315 to 0.58 us, and networks were 1.41 to 1.53 times
+  as fast as their best peer. Works that take the same way on one thread and on two differ by up to 6 % in a run.
 - One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, before all that is said above, the code was 13.9x
   scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
 """

@@ -155,7 +155,10 @@ class Multiplication {
   std::size_t row_begin(std::size_t tile) const { return cut(p_.rows, row_tiles_, tile); }
 
   // Few rows, to which each element of B is of little use: it is not copied first.
-  bool few_rows() const { return p_.rows <= most_transposed_rows && p_.b.row_stride == 1 && p_.b.col_stride != 1 && !p_.packed && !p_.updated; }
+  bool few_rows() const {
+    const bool transposed = p_.b.row_stride == 1 && p_.b.col_stride != 1;
+    return p_.rows <= most_transposed_rows && transposed && !p_.packed && !p_.updated;
+  }
 
   void run_few_rows(std::size_t col, std::size_t end) const {
     GemmTile<T> t{};

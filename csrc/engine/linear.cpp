@@ -22,8 +22,7 @@ void gemm_transposed(std::size_t rows, std::size_t cols, std::size_t depth, Matr
     p.c = c;
     return gemm(p);
   }
-  static thread_local AlignedVector<T> memory;
-  memory.resize(rows * cols);
+  AlignedVector<T> memory(rows * cols);
   p.c = memory.data();
   for (std::size_t r = 0; accumulate && r < rows; ++r)
     for (std::size_t k = 0; k < cols; ++k) p.c[k * rows + r] = c[r * cols + k];

@@ -77,8 +77,8 @@ inline void transpose(V (&v)[N]) {
   }
 }
 
-// v[i] = step i of `count` steps of a vector's columns, each a sequence of elements, of which `present` exist. All: as many steps and columns
-// as a vector has lanes.
+// v[i] = step i of `count` steps of a vector's columns, each a sequence of elements, of which `present` exist. All: as many steps and
+// columns as a vector has lanes.
 template <bool All, class T>
 inline void read_transposed(const T* source, size_t stride, size_t present, size_t count, Vector<T> (&v)[lanes<T>]) {
   constexpr int n = (int)lanes<T>;
@@ -92,8 +92,8 @@ inline void read_transposed(const T* source, size_t stride, size_t present, size
   transpose<1, n>(v);
 }
 
-// c[Rows, columns] = start + a b for few rows and a b whose columns are sequences of `depth` elements, b_stride apart: each vector of columns
-// is transposed in registers, and used once. The chains of gemm_tile.
+// c[Rows, columns] = start + a b for few rows and a b whose columns are sequences of `depth` elements, b_stride apart: each vector of
+// columns is transposed in registers, and used once. The chains of gemm_tile.
 template <class T, int Rows>
 void gemm_transposed(const GemmTile<T>& t) {
   constexpr size_t w = lanes<T>;
@@ -108,7 +108,10 @@ void gemm_transposed(const GemmTile<T>& t) {
       for (size_t i = 0; i < w; ++i)
         if (all.value || i < count)
 #pragma GCC unroll 4
-          for (int r = 0; r < Rows; ++r) sum[r] = fma(broadcast(t.a[r * t.a_row_stride + (d + i) * t.a_depth_stride]), column[i], sum[r]);
+          for (int r = 0; r < Rows; ++r) {
+            const T factor = t.a[r * t.a_row_stride + (d + i) * t.a_depth_stride];
+            sum[r] = fma(broadcast(factor), column[i], sum[r]);
+          }
     };
     size_t d = 0;
     if (present >= w)
