@@ -52,7 +52,7 @@ void gather_part(const Batch<T>& batch, std::size_t begin, std::size_t rows, std
 }
 
 // x[rows, in_features], target[rows, out_features] = the rows from `begin` on of a batch that has an index; target may be null. Asks for
-// those that are gathered after them, whose first has the number `next`, so that many of their lines are on their way at once.
+// those that are likely to be gathered after them, from number `next` on, so that many of their lines are on their way at once.
 template <class T>
 void gather_rows(const Batch<T>& batch, std::size_t begin, std::size_t rows, std::size_t next, std::size_t in_features,
                  std::size_t out_features, T* x, T* target) {

@@ -14,6 +14,7 @@ namespace gdlib {
 // shorter chains meet in double.
 constexpr std::size_t most_chain = 1 << 14;
 
+// The pieces of a batch on few outputs, which are as many, meet in T.
 constexpr std::size_t most_pieces = 8;
 
 // Rows of one task: about 512 KiB, so that handing it out (under 1 us) does not count and its gradient stays in cache; at least 64 for
@@ -25,9 +26,9 @@ inline std::size_t rows_per_task(std::size_t in_features, std::size_t out_featur
   return std::min(most_chain, std::max<std::size_t>(64 * out_features, rows / 64 * 64));
 }
 
-// The same for a step of training, whose batch is small: up to 8 pieces, so that two, four or eight threads have as many each, of 32 KiB
-// and 64 rows at least. These take a core 0.7 us in its cache and 3 us where they are scattered over memory; one thread loses 2 % by them, and
-// 5 % where it reads in order from memory.
+// The same for a step of training, whose batch may be smaller than a task: up to 8 pieces, so that two, four or eight threads have as many
+// each, of about 32 KiB and 64 rows at least. These take a core 0.7 us in its cache and 3 us where they are scattered over memory; one
+// thread loses 2 % by them, and 5 % where it reads in order from memory.
 inline std::size_t rows_per_piece(std::size_t rows, std::size_t in_features, std::size_t out_features, std::size_t element_bytes) {
   constexpr std::size_t least_bytes = 32 << 10, least_rows = 64, group = 16, most_outputs = 16;
   const std::size_t row_bytes = in_features * element_bytes, whole = rows_per_task(in_features, out_features, element_bytes);

@@ -20,6 +20,7 @@ constexpr KernelTable<T> make_table() {
   table.tile_vectors = Vectors;
   table.lanes = lanes<T>;
   fill_tiles<T, Rows, Vectors>(table);
+  static_assert(most_transposed_rows <= Rows, "few rows are one tile's");
   table.gemm_transposed[0] = gemm_transposed<T, 1>;
   table.gemm_transposed[1] = gemm_transposed<T, 2>;
   table.gemm_transposed[2] = gemm_transposed<T, 3>;

@@ -21,6 +21,8 @@ SHAPES = [
     (900, 300, 20, 250),
     (8000, 37, 1, 50),
     (8000, 37, 1, 999),
+    (6000, 60, 1, 999),
+    (6000, 26, 1, 999),
     (40, 5001, 1, 9),
 ]
 
@@ -79,3 +81,19 @@ def test_scattered_batches_give_the_bits_of_rows_that_lie_in_that_order(isa, dty
     shuffled = train(x, target, start, shape[3], same_order, 2)
     lying = train(x[order], target[order], start, shape[3], None, 2)
     assert [array.tobytes() for array in shuffled] == [array.tobytes() for array in lying]
+
+
+@pytest.mark.parametrize("shape", [(512, 50, 1), (300, 70, 1), (256, 130, 3), (200, 120, 9)], ids=lambda s: "x".join(map(str, s)))
+def test_the_size_of_the_data_set_does_not_show_in_the_bits(isa, dtype, shape):
+    """Epochs of one batch, and one epoch of as many copies of it, which no cache is taken to hold."""
+    rows, width, out = shape
+    copies = 2 + (1 << 20) // (rows * width * np.dtype(dtype).itemsize)
+    x, target, start = problem((rows, width, out, rows), dtype)
+    results = []
+    for tiled, epochs in ((1, copies), (copies, 1)):
+        parameters, losses = start.copy(), np.zeros(epochs)
+        ranges, layers = [(0, start.size, LR, 0.0, 0.0, 0.0, False, False, True)], [("linear", width, out, True)]
+        given = np.tile(x, (tiled, 1)), np.tile(target, (tiled, 1))
+        assert _core.train(*given, parameters, None, layers, ranges, rows, None, 0, copies, True, 0.0, losses)[:2] == ("finished", copies)
+        results.append(parameters.tobytes())
+    assert results[0] == results[1]
