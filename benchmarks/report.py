@@ -62,24 +62,25 @@ calls and the straight lines of costs meet too.
   before 17), longer ones by the dot product of each together with the gradient of the one before, lines 16 KiB ahead being asked for (1,000
   features: 24 to 26 GB/s, before 21; float64 22 to 25, before 21). Tried for these: two and four rows at a time (23, 21), lines 2, 4 and
   8 KiB ahead (15, 18, 20), none (19; float64 14), every second and fourth (15, 18), into L1 (11); rows in blocks, twice (21).
-- 2048^3: one core alone reaches 93 to 95 % of the FMA peak forward and 92 to 93 % in the gradients (before 90 and 87 %), two 87 to 94 %.
+- 2048^3: one core alone reaches 93 to 95 % of the FMA peak forward and 92 to 93 % in the gradients (before 90 and 87 %), two 86 to 94 %.
   What it took: the sums of a tile went over the stack at its begin and end, 300 cycles each time (loops that were not unrolled); tiles of C
   are asked for ahead, to be written (3 %); panels of B fill three fourths of L2 and not half (1 %); groups of copied strips meet 3 MiB of B
   (2 %), 8 steps of depth are copied at a time (2 %). Tried without gain: rows of A asked for ahead, wholly or their first 1 to 32 lines;
   copies asked for ahead; blocks of depth of 2, 5.6 and 8 KiB; groups of 4, 16 and 32 tiles; 0.7, 1, 4 and 8 MiB of B.
-- Networks: from 784-512-10 up gdlib reaches 90 % of the FMA peak and more, and JAX 71 to 90 %: 1.05 to 1.4 is what lies between them. In
+- Networks: from 784-512-10 up gdlib is at the FMA peak to some percent, which leaves 1.08 to 1.33 beside JAX. In
   1024-1024-1024-1024 tiles take 92 % of the time, layouts 3.5 %, updates and activations 2 %; in 784-512-10 tiles take 89 % of one
   thread's time, at 98 % of its peak. What `fit` does once, a copy of the parameters and a look at what the last update left, took 3.6 % of
-  these 64 steps and takes 1 to 2 %. In 13-64-64-1 each thread takes its rows through all layers; what one core wrote and the other
+  these 64 steps and takes about 2 %. In 13-64-64-1 each thread takes its rows through all layers; what one core wrote and the other
   reads costs much of what two threads gain. Batches from 128 rows on are cut into pieces with gradients of their
   own, so that only these change cores: two threads gain 1.8 in batches of 256 (before 1.45), 44 us for 52. In batches of 32 each thread
   then takes its outputs of every weight gradient, and they gain 1.0 to 1.2; pieces of 16 rows (11.2 us for 9.6) and weights asked for
   ahead (no gain) were tried. One thread is at 70 % of the peak, layouts, updates and calls are the rest.
-- Shuffled epochs: 1.7 times as fast as before in what two threads share, 1.1 to 1.4 times on one. Rows and their targets are asked for
+- Shuffled epochs: 1.3 to 2.6 times as fast as before where two threads share a batch, 1.1 to 1.9 times on one. Rows and their targets
+  are asked for
   along with the arithmetic, a block of rows or 64 rows before; a batch is cut into pieces of 32 KiB and more (256 x 100, one thread:
-  45 ns a row, 41 with its targets asked for; two threads 24 to 33). A core waits for 24 lines, 7 or 8 a row, at 120 ns: 40 ns. Tried:
-  row and gradient at one visit with requests (59 ns), pieces of 16 KiB (no gain), the pieces' first lines in order asked for (2 to 10 %
-  slower).
+  45 ns a row, 41 with its targets asked for; two threads 28 to 34). A core waits for 24 lines, 7 or 8 a row, at about 120 ns: 40 ns. Tried:
+  row and gradient at one visit with requests (59 ns for 49), pieces of 25 KiB (10 % slower), the pieces' first lines in order asked for
+  (4 to 13 % slower).
 - What other users of the machine cost: the same works alone, minutes apart, take 1 to 1.5 times as long, two threads gain 1.4 to 2,
   NumPy's loop of the reference program was 1.84 to 2.8 times gdlib's, one row took 0.315 to 0.58 us, and networks were 1.41 to 1.53 times
   as fast as their best peer. Works that take the same way on one thread and on two differ by up to 6 % in a run.

@@ -14,7 +14,7 @@ namespace {
 
 // c[rows, cols] (+)= a product of few columns, computed as the transposed one, of few rows: its vectors are full.
 template <class T>
-void gemm_transposed(std::size_t rows, std::size_t cols, std::size_t depth, MatrixView<T> a, MatrixView<T> b, bool accumulate, T* c) {
+void gemm_of_few_columns(std::size_t rows, std::size_t cols, std::size_t depth, MatrixView<T> a, MatrixView<T> b, bool accumulate, T* c) {
   Product<T> p{cols, rows, depth, {b.data, b.col_stride, b.row_stride}, {a.data, a.col_stride, a.row_stride}};
   p.accumulate = accumulate;
   p.c_stride = rows;
@@ -125,7 +125,7 @@ void linear_input_gradient(std::size_t rows, std::size_t in_features, std::size_
     kernel.activation_backward(activation, block.rows, block.cols, input + at, in_features, block.data, in_features);
   };
   if (in_features <= few_inputs && out_features >= few_outputs) {
-    gemm_transposed<T>(rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}, false, input_gradient);
+    gemm_of_few_columns<T>(rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}, false, input_gradient);
     if (activation != Activation::none) chain(Block<T>{0, rows, 0, in_features, input_gradient, in_features});
     return;
   }
@@ -152,7 +152,7 @@ void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size
   if (out_features >= few_output_gradients) {
     if (bias_gradient) add_column_sums(rows, out_features, g, out_features, bias_gradient);
     if (rows <= most_chain && in_features <= few_inputs && out_features >= few_outputs)
-      return gemm_transposed<T>(out_features, in_features, rows, {g, 1, out_features}, {x, x_stride, 1}, accumulate, weight_gradient);
+      return gemm_of_few_columns<T>(out_features, in_features, rows, {g, 1, out_features}, {x, x_stride, 1}, accumulate, weight_gradient);
     if (rows <= most_chain) {
       Product<T> p = weight_product(rows, in_features, out_features, g, out_features, x, x_stride, weight_gradient);
       p.accumulate = accumulate;

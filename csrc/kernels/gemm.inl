@@ -54,7 +54,6 @@ void gemm_tile(const GemmTile<T>& t) {
 // A vector of N elements: what a panel's rows are made of, which may be narrower than a register.
 template <class T, int N>
 struct Strip {
-  typedef T type __attribute__((vector_size(N * sizeof(T))));
   typedef T unaligned __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias));
 };
 
