@@ -16,6 +16,9 @@ constexpr std::size_t depth_bytes = 4096;
 constexpr std::size_t depth_unpacked = 16;
 // Strips of A that are laid out together, where they have to be: 64 neighbours of a row of memory are read at once.
 constexpr std::size_t tiles_of_group = 8;
+// Strips of A that are read where they lie, in turns for each panel of B: so many bytes, which stay in L1 next to a panel. Rows of 64 floats
+// are 3 to 5 % faster so than one strip after the other.
+constexpr std::size_t turn_bytes = 16 << 10;
 // Panels of B next to such strips: their block is read from the shared cache once for each group, of which every core has so much.
 constexpr std::size_t shared_bytes = 3 << 20;
 // Panels that must share a strip for that to pay.
@@ -177,6 +180,11 @@ class Multiplication {
     if (p_.finish) p_.finish({0, p_.rows, col, t.columns, t.c, p_.c_stride});
   }
 
+  // Tiles of rows that take turns, where A is read where it lies.
+  std::size_t tiles_in_turn(std::size_t depth) const {
+    return std::clamp<std::size_t>(turn_bytes / (kernel_.tile_rows * std::max<std::size_t>(1, depth) * sizeof(T)), 1, tiles_of_group);
+  }
+
   void run_task(std::size_t row_part, std::size_t col_part, T* scratch) const {
     if (few_rows())
       return run_few_rows(panels_.begin(cut(panels_.count, tasks_.cols, col_part)),
@@ -243,7 +251,7 @@ class Multiplication {
     t.start_stride = from_c ? p_.c_stride : 0;
     t.fetch = nullptr;
     t.fetch_stride = p_.c_stride;
-    const std::size_t group_tiles = pack_a ? tiles_of_group : 1, most_together = kept ? end - first : panels_to_finish;
+    const std::size_t group_tiles = pack_a ? tiles_of_group : tiles_in_turn(depth), most_together = kept ? end - first : panels_to_finish;
     for (std::size_t group = first_tile; group < last_tile; group += group_tiles) {
       const std::size_t group_end = std::min(last_tile, group + group_tiles);
       const std::size_t group_row = row_begin(group), group_rows = row_begin(group_end) - group_row;

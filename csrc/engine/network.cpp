@@ -201,8 +201,9 @@ class BatchGradient {
     // A part takes the rows of its pieces through the layers together: one layout of the weights, for as many rows as a cache has room for.
     constexpr std::size_t rows_of_part = 256;
     const std::size_t fair = pieces / static_cast<std::size_t>(threads), fitting = rows_of_part * pieces / rows;
-    const std::size_t together = std::max<std::size_t>(1, std::min(fair, fitting));
-    const std::size_t parts = ceil_divide(pieces, together);
+    std::size_t together = 1;  // as `pieces`, a power of two
+    while (2 * together <= std::min(fair, fitting)) together *= 2;
+    const std::size_t parts = pieces / together;
     parallel_for(parts, threads, [&](std::size_t part, std::size_t worker) {
       if (interrupt_.requested()) return;
       const auto pass_of = [&](std::size_t first_piece, std::size_t end_piece, bool gather) {
@@ -211,7 +212,7 @@ class BatchGradient {
         pass.take(batch_, begin + first, end - first, first, gather);
         return pass;
       };
-      const std::size_t first_piece = part * together, end_piece = std::min(pieces, first_piece + together);
+      const std::size_t first_piece = part * together, end_piece = first_piece + together;
       Pass<T> all = pass_of(first_piece, end_piece, true);
       if (!all.forward(false) || !all.backward()) return;
       for (std::size_t i = first_piece; i < end_piece; ++i) {
@@ -219,23 +220,33 @@ class BatchGradient {
         scratch_.losses[i] = piece.squared_error_of_task();
         piece.parameter_gradients(partials + i * stride, {});
       }
+      add_in_pairs(together, 1, n, partials + first_piece * stride, stride);  // of a part, one gradient goes from core to core
     });
     double loss = 0.0;
     for (const double of_piece : scratch_.losses) loss += of_piece;
     if (interrupt_.requested() || (finished && !std::isfinite(loss))) return loss;
-    // They meet in the gradient of the first piece, in stretches that stay in L1 until the update.
-    constexpr std::size_t most_stretch = 2048;
-    const std::size_t stretch = std::min(most_stretch, ceil_divide(stride / line, static_cast<std::size_t>(threads)) * line);
+    // They meet in the gradient of the first piece, in stretches that stay in L1 until the update: as many for each thread.
+    constexpr std::size_t most_stretch = 4096;
+    const std::size_t shares = static_cast<std::size_t>(threads), stretches = ceil_divide(n, shares * most_stretch) * shares;
+    const std::size_t stretch = ceil_divide(n, stretches * line) * line;
     parallel_for(ceil_divide(n, stretch), threads, [&](std::size_t i, std::size_t) {
       const std::size_t at = i * stretch, size = std::min(stretch, n - at);
       T* const sum = partials + at;
-      table<T>().column_sums(pieces - 1, size, sum + stride, stride, sum);
+      add_in_pairs(pieces, together, size, sum, stride);
       if (finished)
         finished({at, 1, size, size, sum, size});
       else
         std::copy_n(sum, size, gradient_ + at);
     });
     return loss;
+  }
+
+  // Of gradients of n elements, `stride` apart, every `step`th is the sum of those before the next such one: adds neighbours until the first
+  // is the sum of all `count`. Both are powers of two: whoever adds which, the pairs are the same.
+  static void add_in_pairs(std::size_t count, std::size_t step, std::size_t n, T* gradients, std::size_t stride) {
+    for (; step < count; step *= 2)
+      for (std::size_t i = 0; i < count; i += 2 * step)
+        table<T>().column_sums(1, n, gradients + (i + step) * stride, stride, gradients + i * stride);
   }
 
   const Network& network_;

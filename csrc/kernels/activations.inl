@@ -131,7 +131,9 @@ void activate(size_t rows, size_t cols, T* y, size_t stride) {
     rows = cols ? 1 : 0;
   }
   for (size_t r = 0; r < rows; ++r, y += stride)
-    for (size_t c = 0; c < cols; c += lanes<T>) store_up_to(y + c, Body::template value<T>(load_up_to(y + c, cols - c)), cols - c);
+    each_vector<T>(cols, [&](size_t c, size_t count) __attribute__((always_inline)) {
+      store_up_to(y + c, Body::template value<T>(load_up_to(y + c, count)), count);
+    });
 }
 
 template <class Body, class T>
@@ -141,8 +143,9 @@ void chain(size_t rows, size_t cols, const T* y, size_t y_stride, T* g, size_t g
     rows = cols ? 1 : 0;
   }
   for (size_t r = 0; r < rows; ++r, y += y_stride, g += g_stride)
-    for (size_t c = 0; c < cols; c += lanes<T>)
-      store_up_to(g + c, Body::template chain<T>(load_up_to(y + c, cols - c), load_up_to(g + c, cols - c)), cols - c);
+    each_vector<T>(cols, [&](size_t c, size_t count) __attribute__((always_inline)) {
+      store_up_to(g + c, Body::template chain<T>(load_up_to(y + c, count), load_up_to(g + c, count)), count);
+    });
 }
 
 template <class T>

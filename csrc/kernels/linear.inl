@@ -185,15 +185,14 @@ void linear_gradient(size_t rows, size_t in_features, size_t out_features, const
 // input_gradient[rows, in] = g[rows, out] weight[out, in]
 template <class T>
 void linear_input_gradient(size_t rows, size_t in_features, size_t out_features, const T* g, const T* weight, T* input_gradient) {
-  for (size_t j = 0; j < in_features; j += lanes<T>) {
-    const size_t count = in_features - j;
+  each_vector<T>(in_features, [&](size_t j, size_t count) __attribute__((always_inline)) {
     for (size_t r = 0; r < rows; ++r) {
       Vector<T> sum = broadcast(g[r * out_features]) * load_up_to(weight + j, count);
       for (size_t o = 1; o < out_features; ++o)
         sum = fma(broadcast(g[r * out_features + o]), load_up_to(weight + o * in_features + j, count), sum);
       store_up_to(input_gradient + r * in_features + j, sum, count);
     }
-  }
+  });
 }
 
 // The targets of a block for one output come where its factors will be.

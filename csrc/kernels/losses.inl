@@ -32,15 +32,17 @@ double squared_error_sum(size_t n, const T* output, const T* target) {
 
 template <class T>
 void squared_error_terms(size_t n, const T* output, const T* target, T* terms) {
-  for (size_t i = 0; i < n; i += lanes<T>)
-    store_up_to(terms + i, SquaredError::term(load_up_to(output + i, n - i) - load_up_to(target + i, n - i)), n - i);
+  each_vector<T>(n, [&](size_t i, size_t count) __attribute__((always_inline)) {
+    store_up_to(terms + i, SquaredError::term(load_up_to(output + i, count) - load_up_to(target + i, count)), count);
+  });
 }
 
 template <class T>
 void squared_error_gradient(size_t n, const T* output, const T* target, T scale, T* gradient) {
   const Vector<T> factor = broadcast(scale);
-  for (size_t i = 0; i < n; i += lanes<T>)
-    store_up_to(gradient + i, factor * SquaredError::gradient(load_up_to(output + i, n - i) - load_up_to(target + i, n - i)), n - i);
+  each_vector<T>(n, [&](size_t i, size_t count) __attribute__((always_inline)) {
+    store_up_to(gradient + i, factor * SquaredError::gradient(load_up_to(output + i, count) - load_up_to(target + i, count)), count);
+  });
 }
 
 }  // namespace

@@ -147,6 +147,14 @@ inline void store_up_to(T* p, Vector<T> v, size_t count) {
     store_partial(p, v, count);
 }
 
+// body(i, count) for each vector of n elements, which begins at i and has `count`: all its lanes, as the compiler then knows, but for the last.
+template <class T, class Body>
+inline void each_vector(size_t n, const Body& body) {
+  size_t i = 0;
+  for (; i + lanes<T> <= n; i += lanes<T>) body(i, lanes<T>);
+  if (i < n) body(i, n - i);
+}
+
 // The first `count` lanes, 0 <= count <= lanes.
 #if defined(__AVX512F__) || defined(__AVX2__)
 template <class T>

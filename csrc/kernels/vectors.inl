@@ -74,18 +74,18 @@ void column_sums(size_t rows, size_t cols, const T* g, size_t g_stride, T* sums)
 template <class T>
 bool all_finite(size_t n, const T* x) {
   Vector<T> sum = zero<T>();
-  for (size_t i = 0; i < n; i += lanes<T>) sum += zero<T>() * load_up_to(x + i, n - i);
+  each_vector<T>(n, [&](size_t i, size_t count) __attribute__((always_inline)) { sum += zero<T>() * load_up_to(x + i, count); });
   return sum_lanes<T>(sum) == T(0);
 }
 
 template <class T>
 void average(size_t n, size_t count, const T* const* sources, T* mean) {
   const Vector<T> divisor = broadcast(T(count));
-  for (size_t i = 0; i < n; i += lanes<T>) {
-    Vector<T> sum = load_up_to(sources[0] + i, n - i);
-    for (size_t k = 1; k < count; ++k) sum += load_up_to(sources[k] + i, n - i);
-    store_up_to(mean + i, sum / divisor, n - i);
-  }
+  each_vector<T>(n, [&](size_t i, size_t present) __attribute__((always_inline)) {
+    Vector<T> sum = load_up_to(sources[0] + i, present);
+    for (size_t k = 1; k < count; ++k) sum += load_up_to(sources[k] + i, present);
+    store_up_to(mean + i, sum / divisor, present);
+  });
 }
 
 }  // namespace
