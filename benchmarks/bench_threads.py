@@ -11,7 +11,9 @@ from benchmarks.measure import Contender, Group, Run
 WIDTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of Linear(n, n) on n rows
 LEAST_COMPUTE_BOUND = 512  # its products take milliseconds, a thousand times what a barrier does
 LEAST_BANDWIDTH_BOUND = 64_000_000  # bytes; less may stay in a cache from step to step
-ROUNDS = 11  # the least of many gains counts: each must be sure
+# The least of many gains counts, so that each must be sure. Short works need more rounds: the medians of 11 are up to 5 % apart for the
+# same code on the same thread.
+ROUNDS_OF_LONG, ROUNDS = 11, 31
 DESCENTS = ((1_000, 10), (10_000, 10), (100_000, 10), (10_000, 100), (200_000, 100))  # rows, features
 
 
@@ -57,7 +59,9 @@ def _products(width: int) -> Work:
     ]
     problem = partial(bench_gemm.problem, width, width, width, "float32")
     name = f"Linear({width}, {width}), {width} rows: forward and gradients"
-    return Work(name, Group(f"Threads: {name}", "call", contenders, problem, check_products, rounds=ROUNDS), width >= LEAST_COMPUTE_BOUND)
+    long = width >= LEAST_COMPUTE_BOUND
+    group = Group(f"Threads: {name}", "call", contenders, problem, check_products, rounds=ROUNDS_OF_LONG if long else ROUNDS)
+    return Work(name, group, compute_bound=long)
 
 
 def _descent(rows: int, features: int) -> Work:
@@ -81,9 +85,9 @@ def _network(widths: tuple[int, ...], batch_size: int, steps: int) -> Work:
     contenders += [machine.fma_peak("float32", threads, flops) for threads in machine.THREAD_COUNTS]
     name = f"network {'-'.join(map(str, widths))}, batch {batch_size}"
     problem = partial(bench_networks.problem, widths, batch_size, steps)
-    return Work(
-        name, Group(f"Threads: {name}", "step", contenders, problem, bench_networks.check, rounds=ROUNDS), widths[0] >= LEAST_COMPUTE_BOUND
-    )
+    long = widths[0] >= LEAST_COMPUTE_BOUND
+    group = Group(f"Threads: {name}", "step", contenders, problem, bench_networks.check, rounds=ROUNDS_OF_LONG if long else ROUNDS)
+    return Work(name, group, compute_bound=long)
 
 
 WORKS = [

@@ -96,7 +96,7 @@ class Timing:
 
 
 def measure(group: Group, rounds: int) -> list[Timing]:
-    """Time the contenders of a group in turn, so that a neighbour's load meets all of them."""
+    """Time the contenders of a group in turn, there and back, so that a neighbour's load and its drift meet all of them alike."""
     timings = [Timing(contender) for contender in group.contenders]
     ready: list[tuple[Timing, Run, int]] = []
     for timing in timings:
@@ -119,4 +119,5 @@ def measure(group: Group, rounds: int) -> list[Timing]:
                     run()
                 seconds = time.perf_counter() - begin
             timing.samples.append(seconds / calls / timing.contender.work)
+        ready.reverse()
     return timings
