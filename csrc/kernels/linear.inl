@@ -1,4 +1,4 @@
-// A linear layer with few outputs, and its fused training step.
+// A linear layer with few outputs: its gradients, and its fused training step.
 //
 // Rows are visited in blocks that stay in the L1 cache. Rows that the registers can hold are read once: dot product and gradient, then the
 // next row; longer ones in order from memory too, the dot product of one together with the gradient of the one before. The others are
@@ -141,26 +141,6 @@ inline void block_gradient(const Block<T>& block, const Block<T>& next, size_t i
       block_gradient_part_of<(int)most, 2, Ahead>(count, block, next, j, tail, accumulate, gradient);
     else
       block_gradient_part_of<1, 4, Ahead>(count, block, next, j, tail, accumulate, gradient);
-  }
-}
-
-// y[rows, out] = x[rows, in] weight^T + bias
-template <class T>
-void linear_forward(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride, const T* weight, const T* bias,
-                    T* y) {
-  constexpr size_t w = lanes<T>;
-  Block<T> group;
-  for (size_t first = 0; first < rows; first += w) {
-    const size_t present = rows - first < w ? rows - first : w;
-    group.gather(x, x_stride, nullptr, first, present);
-    for (size_t o = 0; o < out_features; ++o) {
-      Vector<T> output = group_dot(group.row, in_features, weight + o * in_features);
-      if (bias) output += broadcast(bias[o]);
-      if (out_features == 1)
-        store_up_to(y + first, output, present);
-      else
-        for (size_t l = 0; l < present; ++l) y[(first + l) * out_features + o] = output[l];
-    }
   }
 }
 

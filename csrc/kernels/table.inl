@@ -6,6 +6,7 @@
 #include "gemm.inl"
 #include "losses.inl"
 #include "linear.inl"
+#include "linear_forward.inl"
 #include "linear_run.inl"
 #include "shuffle.inl"
 #include "vectors.inl"

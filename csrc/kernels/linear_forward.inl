@@ -1,0 +1,105 @@
+// A linear layer with few outputs, forward. An output is one accumulator vector along its row, whose lanes are added in one tree: whichever
+// way below computes it, from however many rows, its bits are the same.
+
+namespace gdlib {
+namespace {
+
+// The sums that stay in registers next to what is multiplied.
+constexpr int most_dots = (int)vector_registers / 2;
+
+// dot[r, o] = row[r] . weight[o], the chains and trees of group_dot: Outputs at a time, so that a row is read once for all of them.
+template <int Outputs, class T>
+inline void dots(const T* const* row, size_t in_features, const T* weight, T (&dot)[most_dots]) {
+  constexpr int w = (int)lanes<T>, rows = most_dots / Outputs;
+  Vector<T> sum[most_dots];
+#pragma GCC unroll 16
+  for (int i = 0; i < most_dots; ++i) sum[i] = zero<T>();
+  const auto visit = [&](size_t j, const auto& read) __attribute__((always_inline)) {
+    Vector<T> wj[Outputs];
+#pragma GCC unroll 16
+    for (int o = 0; o < Outputs; ++o) wj[o] = read(weight + o * in_features + j);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const Vector<T> x = read(row[r] + j);
+#pragma GCC unroll 16
+      for (int o = 0; o < Outputs; ++o) sum[r * Outputs + o] = fma(x, wj[o], sum[r * Outputs + o]);
+    }
+  };
+  size_t j = 0;
+  for (; j + w <= in_features; j += w) visit(j, load<T>);
+  if (j < in_features) visit(j, [&](const T* p) { return load_partial(p, in_features - j); });
+#pragma GCC unroll 8
+  for (int i = 0; i < most_dots; i += w) store(dot + i, sum_each<0, w>([&](int l) { return sum[i + l]; }));
+}
+
+// y[rows, Outputs], y_stride apart, = x weight^T + bias
+template <int Outputs, class T>
+void forward_together(size_t rows, size_t in_features, const T* x, size_t x_stride, const T* weight, const T* bias, T* y, size_t y_stride) {
+  constexpr size_t most = most_dots / Outputs;
+  for (size_t first = 0; first < rows; first += most) {
+    const size_t present = rows - first < most ? rows - first : most;
+    const T* row[most];
+    for (size_t r = 0; r < most; ++r) row[r] = x + (first + (r < present ? r : 0)) * x_stride;
+    T dot[most_dots];
+    dots<Outputs>(row, in_features, weight, dot);
+    for (size_t r = 0; r < present; ++r)
+      for (int o = 0; o < Outputs; ++o) y[(first + r) * y_stride + o] = dot[r * Outputs + o] + (bias ? bias[o] : T(0));
+  }
+}
+
+// The same for as many outputs as there are to take together; returns how many. Not inlined, as what follows: the loop over groups of few
+// features would lose registers.
+template <class T>
+__attribute__((noinline)) size_t forward_of_long_rows(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride,
+                                                      const T* weight, const T* bias, T* y) {
+  size_t o = 0;
+  for (; o + 4 <= out_features; o += 4)
+    forward_together<4>(rows, in_features, x, x_stride, weight + o * in_features, bias ? bias + o : nullptr, y + o, out_features);
+  for (; o + 2 <= out_features; o += 2)
+    forward_together<2>(rows, in_features, x, x_stride, weight + o * in_features, bias ? bias + o : nullptr, y + o, out_features);
+  return o;
+}
+
+// The same row by row.
+template <class T>
+__attribute__((noinline)) void forward_of_few_rows(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride,
+                                                   const T* weight, const T* bias, T* y) {
+  for (size_t r = 0; r < rows; ++r)
+    for (size_t o = 0; o < out_features; ++o) {
+      const T *const row = x + r * x_stride, *const weights = weight + o * in_features;
+      Vector<T> sum = zero<T>();
+      each_vector<T>(in_features, [&](size_t j, size_t count) __attribute__((always_inline)) {
+        sum = fma(load_up_to(row + j, count), load_up_to(weights + j, count), sum);
+      });
+      y[r * out_features + o] = sum_lanes<T>(sum) + (bias ? bias[o] : T(0));
+    }
+}
+
+// y[rows, out] = x[rows, in] weight^T + bias
+template <class T>
+void linear_forward(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride, const T* weight, const T* bias,
+                    T* y) {
+  constexpr size_t w = lanes<T>;
+  // A group would be filled up with seven times as many rows.
+  if (8 * rows <= w) return forward_of_few_rows(rows, in_features, out_features, x, x_stride, weight, bias, y);
+  // One that leaves L1 is better read once for several outputs.
+  const bool is_long = w * in_features * sizeof(T) > Block<T>::most_bytes;
+  const size_t made = is_long ? forward_of_long_rows(rows, in_features, out_features, x, x_stride, weight, bias, y) : 0;
+  if (made == out_features) return;
+  Block<T> group;
+  for (size_t first = 0; first < rows; first += w) {
+    const size_t present = rows - first < w ? rows - first : w;
+    group.gather(x, x_stride, nullptr, first, present);
+    for (size_t o = made; o < out_features; ++o) {
+      Vector<T> output = group_dot(group.row, in_features, weight + o * in_features);
+      if (bias) output += broadcast(bias[o]);
+      if (out_features == 1)
+        store_up_to(y + first, output, present);
+      else
+        for (size_t l = 0; l < present; ++l) y[(first + l) * out_features + o] = output[l];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace gdlib
