@@ -43,7 +43,10 @@ void forward_together(size_t rows, size_t in_features, const T* x, size_t x_stri
     T dot[most_dots];
     dots<Outputs>(row, in_features, weight, dot);
     for (size_t r = 0; r < present; ++r)
-      for (int o = 0; o < Outputs; ++o) y[(first + r) * y_stride + o] = dot[r * Outputs + o] + (bias ? bias[o] : T(0));
+      for (int o = 0; o < Outputs; ++o) {
+        const T output = dot[r * Outputs + o];
+        y[(first + r) * y_stride + o] = bias ? output + bias[o] : output;  // without one, -0 stays
+      }
   }
 }
 
@@ -71,7 +74,8 @@ __attribute__((noinline)) void forward_of_few_rows(size_t rows, size_t in_featur
       each_vector<T>(in_features, [&](size_t j, size_t count) __attribute__((always_inline)) {
         sum = fma(load_up_to(row + j, count), load_up_to(weights + j, count), sum);
       });
-      y[r * out_features + o] = sum_lanes<T>(sum) + (bias ? bias[o] : T(0));
+      const T output = sum_lanes<T>(sum);
+      y[r * out_features + o] = bias ? output + bias[o] : output;
     }
 }
 

@@ -97,6 +97,17 @@ def test_row_does_not_depend_on_its_batch(isa, dtype, in_features, out_features)
         assert forward(x[130 - rows :], weight, bias).tobytes() == batch[130 - rows :].tobytes()
 
 
+@pytest.mark.parametrize("in_features", [16, 1104])
+def test_an_underflow_keeps_its_sign_in_any_batch(isa, dtype, in_features):
+    """Chains of fused multiply-adds end at -0, which the addition of a bias that is not there would turn into 0."""
+    tiny = np.finfo(dtype).tiny
+    x, weight = np.full((33, in_features), -tiny, dtype), np.full((7, in_features), tiny, dtype)
+    batch = _core.linear_forward(x, weight, None)
+    assert not batch.any()
+    for rows in (1, 2, 3, 8, 17):
+        assert _core.linear_forward(x[:rows], weight, None).tobytes() == batch[:rows].tobytes()
+
+
 def test_rows_may_lie_on_each_other(isa, dtype):
     """A broadcast row has a stride of 0."""
     x, weight, bias, _ = layer((1, 37, 9), dtype)
