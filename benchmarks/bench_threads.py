@@ -67,10 +67,13 @@ def _products(width: int) -> Work:
 def _descent(rows: int, features: int) -> Work:
     name = f"gradient descent, {rows:,} x {features}"
     contenders = by_threads(bench_gradient_descent.gdlib_fit, bench_gradient_descent.EPOCHS)
-    if (moved := 4 * rows * features) >= LEAST_BANDWIDTH_BOUND:
+    moved = 4 * rows * features
+    long = moved >= LEAST_BANDWIDTH_BOUND
+    if long:
         contenders += [form for threads in machine.THREAD_COUNTS for form in machine.bandwidth(threads, moved)]
     problem = partial(bench_gradient_descent.problem, rows, features, "float32")
-    return Work(name, Group(f"Threads: {name}", "step", contenders, problem, bench_gradient_descent.check, rounds=ROUNDS), False)
+    rounds = ROUNDS_OF_LONG if long else ROUNDS
+    return Work(name, Group(f"Threads: {name}", "step", contenders, problem, bench_gradient_descent.check, rounds=rounds), False)
 
 
 def _reference() -> Work:

@@ -16,8 +16,8 @@ constexpr std::size_t depth_bytes = 4096;
 constexpr std::size_t depth_unpacked = 16;
 // Strips of A that are laid out together, where they have to be: 64 neighbours of a row of memory are read at once.
 constexpr std::size_t tiles_of_group = 8;
-// Strips of A that are read where they lie, in turns for each panel of B: so many bytes, which stay in L1 next to a panel. Rows of 64 floats
-// are 3 to 5 % faster so than one strip after the other.
+// Strips of A that are read where they lie take turns at each panel of B: so many bytes of elements, half of the smallest L1. Rows of 64
+// floats are 3 to 5 % faster so than one strip after the other.
 constexpr std::size_t turn_bytes = 16 << 10;
 // Panels of B next to such strips: their block is read from the shared cache once for each group, of which every core has so much.
 constexpr std::size_t shared_bytes = 3 << 20;

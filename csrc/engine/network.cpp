@@ -200,9 +200,11 @@ class BatchGradient {
     T* const partials = scratch_.partials.data();
     // A part takes the rows of its pieces through the layers together: one layout of the weights, for as many rows as a cache has room for.
     constexpr std::size_t rows_of_part = 256;
-    const std::size_t fair = pieces / static_cast<std::size_t>(threads), fitting = rows_of_part * pieces / rows;
+    const std::size_t shares = static_cast<std::size_t>(threads), fitting = rows_of_part * pieces / rows;
+    const auto most_of_a_thread = [&](std::size_t of_part) { return ceil_divide(pieces / of_part, shares) * of_part; };
     std::size_t together = 1;  // as `pieces`, a power of two
-    while (2 * together <= std::min(fair, fitting)) together *= 2;
+    for (std::size_t more = 2; more <= std::min(pieces, fitting); more *= 2)
+      if (most_of_a_thread(more) <= most_of_a_thread(together)) together = more;
     const std::size_t parts = pieces / together;
     parallel_for(parts, threads, [&](std::size_t part, std::size_t worker) {
       if (interrupt_.requested()) return;
@@ -225,9 +227,9 @@ class BatchGradient {
     double loss = 0.0;
     for (const double of_piece : scratch_.losses) loss += of_piece;
     if (interrupt_.requested() || (finished && !std::isfinite(loss))) return loss;
-    // They meet in the gradient of the first piece, in stretches that stay in L1 until the update: as many for each thread.
-    constexpr std::size_t most_stretch = 4096;
-    const std::size_t shares = static_cast<std::size_t>(threads), stretches = ceil_divide(n, shares * most_stretch) * shares;
+    // They meet in the gradient of the first piece, in stretches whose sum stays in L1 until the update: as many for each thread.
+    constexpr std::size_t most_stretch = (16 << 10) / sizeof(T);
+    const std::size_t stretches = ceil_divide(n, shares * most_stretch) * shares;
     const std::size_t stretch = ceil_divide(n, stretches * line) * line;
     parallel_for(ceil_divide(n, stretch), threads, [&](std::size_t i, std::size_t) {
       const std::size_t at = i * stretch, size = std::min(stretch, n - at);
@@ -241,8 +243,8 @@ class BatchGradient {
     return loss;
   }
 
-  // Of gradients of n elements, `stride` apart, every `step`th is the sum of those before the next such one: adds neighbours until the first
-  // is the sum of all `count`. Both are powers of two: whoever adds which, the pairs are the same.
+  // Of gradients of n elements, `stride` apart, every `step`th is the sum of those before the next such one: adds neighbours until the
+  // first is the sum of all `count`. Both are powers of two: whoever adds which, the pairs are the same.
   static void add_in_pairs(std::size_t count, std::size_t step, std::size_t n, T* gradients, std::size_t stride) {
     for (; step < count; step *= 2)
       for (std::size_t i = 0; i < count; i += 2 * step)

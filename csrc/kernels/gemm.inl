@@ -148,8 +148,8 @@ inline void pack_straight(size_t depth, size_t present, const T* source, size_t 
   typedef typename Strip<T, N>::unaligned U;
   if (present >= N)
     for (size_t d = 0; d < depth; ++d) *reinterpret_cast<U*>(panel + d * panel_width) = *reinterpret_cast<const U*>(source + d * stride);
-  else if (N == (int)lanes<T>)
-    for (size_t d = 0; d < depth; ++d) store(panel + d * panel_width, load_partial(source + d * stride, present));
+  else if constexpr (N == (int)lanes<T>)
+    for (size_t d = 0; d < depth; ++d) store(panel + d * panel_width, load_first(source + d * stride, present));
   else
     for (size_t d = 0; d < depth; ++d)
       for (size_t i = 0; i < N; ++i) panel[d * panel_width + i] = i < present ? source[d * stride + i] : T(0);

@@ -84,7 +84,7 @@ template <class T>
 void linear_forward(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride, const T* weight, const T* bias,
                     T* y) {
   constexpr size_t w = lanes<T>;
-  // A group would be filled up with seven times as many rows.
+  // A group would be filled up with at least seven times as many rows.
   if (8 * rows <= w) return forward_of_few_rows(rows, in_features, out_features, x, x_stride, weight, bias, y);
   // One that leaves L1 is better read once for several outputs.
   const bool is_long = w * in_features * sizeof(T) > Block<T>::most_bytes;

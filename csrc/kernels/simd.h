@@ -147,7 +147,7 @@ inline void store_up_to(T* p, Vector<T> v, size_t count) {
     store_partial(p, v, count);
 }
 
-// body(i, count) for each vector of n elements, which begins at i and has `count`: all its lanes, as the compiler then knows, but for the last.
+// body(i, count) for each vector of n elements, which begins at i and has `count`: but for the last all its lanes, as the compiler knows.
 template <class T, class Body>
 inline void each_vector(size_t n, const Body& body) {
   size_t i = 0;
