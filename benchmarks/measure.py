@@ -15,9 +15,9 @@ from typing import Any
 Run = Callable[[], Any]
 
 LEAST_SECONDS = 0.02  # short calls repeat until a timing takes this long: well above what a scheduler takes from it
-# Before a timing: by then the idle threads of the contender before have stopped spinning (OpenBLAS's after about 25 ms, by its default),
-# and left the cores.
-REST_SECONDS = 0.04
+# Before a timing: by then the idle threads of the contender before have stopped spinning and left the cores. Those of OpenBLAS take about
+# 0.1 s: until then whoever shares work among threads, 80 ms after NumPy too, is half as fast.
+REST_SECONDS = 0.15
 
 
 class UnavailableError(RuntimeError):
