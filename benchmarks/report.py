@@ -72,9 +72,11 @@ calls and the straight lines of costs meet too.
   thread's time, at 98 % of its peak. What `fit` does once, a copy of the parameters and a look at what the last update left, took 3.6 % of
   these 64 steps and takes about 2 %. In 13-64-64-1 each thread takes its rows through all layers; what one core wrote and the other
   reads costs much of what two threads gain. Batches from 128 rows on are cut into pieces with gradients of their
-  own, so that only these change cores: two threads gain 1.8 in batches of 256 (before 1.45), 44 us for 52. In batches of 32 each thread
-  then takes its outputs of every weight gradient, and they gain 1.0 to 1.2; pieces of 16 rows (11.2 us for 9.6) and weights asked for
-  ahead (no gain) were tried. One thread is at 70 % of the peak, layouts, updates and calls are the rest.
+  own, so that only these change cores: two threads gain 1.8 in batches of 256 (before 1.45), 42 us for 52. In batches of 32 each thread
+  then takes its outputs of every weight gradient, and they gain 1.0 to 1.2; pieces of 16 rows (11.2 us for 9.6), and what the other core
+  wrote, or is to be written, asked for ahead (no gain) were tried. One thread takes 10.5 us for 32 rows (before 11.1) and 75.4 us for 256
+  (before 77), 76 and 84 % of the peak: a tile of 64 steps reaches 96 % of it and more; layouts, activations and updates are the rest.
+  Loading halves of rows in place of shuffles in the layouts cost 1 to 3 % elsewhere, and tiles without divisions gained nothing.
 - Shuffled epochs: 1.3 to 2.6 times as fast as before where two threads share a batch, 1.1 to 1.9 times on one. Rows and their targets
   are asked for
   along with the arithmetic, a block of rows or 64 rows before; a batch is cut into pieces of 32 KiB and more (256 x 100, one thread:
@@ -82,8 +84,11 @@ calls and the straight lines of costs meet too.
   row and gradient at one visit with requests (59 ns for 49), pieces of 25 KiB (10 % slower), the pieces' first lines in order asked for
   (4 to 13 % slower).
 - What other users of the machine cost: the same works alone, minutes apart, take 1 to 1.5 times as long, two threads gain 1.4 to 2,
-  NumPy's loop of the reference program was 1.84 to 2.8 times gdlib's, one row took 0.315 to 0.58 us, and networks were 1.41 to 1.53 times
-  as fast as their best peer. Works that take the same way on one thread and on two differ by up to 6 % in a run.
+  NumPy's loop of the reference program was 1.84 to 2.8 times gdlib's, one row took 0.315 to 0.59 us, and networks were 1.35 to 1.53 times
+  as fast as their best peer. At times both CPUs of this machine are one core of its host: two threads that share nothing, each with a CPU
+  of its own and no time stolen, then do as much together as one alone (10 of 600 measurements of 20 ms, one to four in a row). After
+  NumPy's products its threads spin for 0.1 s, and what shares work meanwhile is half as fast. The table is from before the rest between
+  two contenders was as long as that, and before networks were as fast as is said here.
 - One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, before all that is said above, the code was 13.9x
   scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
 """
