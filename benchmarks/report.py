@@ -84,11 +84,10 @@ calls and the straight lines of costs meet too.
   row and gradient at one visit with requests (59 ns for 49), pieces of 25 KiB (10 % slower), the pieces' first lines in order asked for
   (4 to 13 % slower).
 - What other users of the machine cost: the same works alone, minutes apart, take 1 to 1.5 times as long, two threads gain 1.4 to 2,
-  NumPy's loop of the reference program was 1.84 to 2.8 times gdlib's, one row took 0.315 to 0.59 us, and networks were 1.35 to 1.53 times
+  NumPy's loop of the reference program was 1.84 to 2.8 times gdlib's, one row took 0.315 to 0.59 us, and networks were 1.41 to 1.53 times
   as fast as their best peer. At times both CPUs of this machine are one core of its host: two threads that share nothing, each with a CPU
   of its own and no time stolen, then do as much together as one alone (10 of 600 measurements of 20 ms, one to four in a row). After
-  NumPy's products its threads spin for 0.1 s, and what shares work meanwhile is half as fast. The table is from before the rest between
-  two contenders was as long as that, and before networks were as fast as is said here.
+  NumPy's products its threads spin for 0.1 s, and what shares work meanwhile is half as fast: contenders rest for longer.
 - One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, before all that is said above, the code was 13.9x
   scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
 """
