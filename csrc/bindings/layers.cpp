@@ -38,19 +38,41 @@ Layer<T> read_layer(py::handle weight, py::handle bias) {
   return layer;
 }
 
+// Where a result goes: `out`, or a new array, of which nothing is left to check.
+template <class T>
+struct Result {
+  Array array;
+  T* data;
+  std::size_t size;
+  const char* given;  // the argument's name; null for a new array
+
+  Result(const OptionalArray& out, std::size_t rows, std::size_t cols, const char* name)
+      : array(out.is_none() ? new_matrix<T>(rows, cols) : py::reinterpret_borrow<Array>(out)),
+        size(rows * cols),
+        given(out.is_none() ? nullptr : name) {
+    if (given) {
+      data = write_flat<T>(out, name).data;
+      require_shape(out, rows, cols, name);
+    } else {
+      data = static_cast<T*>(static_cast<void*>(py::detail::array_proxy(array.ptr())->data));
+    }
+  }
+
+  void require_apart_from(const T* read, std::size_t extent, const char* other) const {
+    if (given) require_apart<T>(data, size, given, read, extent, other);
+  }
+};
+
 Array forward(const Array& x, const Array& weight, const OptionalArray& bias, const OptionalArray& out) {
   return with_dtype(weight, "weight", [&](auto zero) -> Array {
     using T = decltype(zero);
     const Layer<T> layer = read_layer<T>(weight, bias);
     const Rows<T> rows = read_rows<T>(x, "x");
     require_size(rows.cols, layer.in_features, "a row of x");
-    Array result = py::reinterpret_borrow<Array>(out);
-    if (out.is_none()) result = new_matrix<T>(rows.rows, layer.out_features);
-    const Flat<T> y = write_flat<T>(result, "out");
-    require_shape(result, rows.rows, layer.out_features, "out");
-    require_apart<T>(y.data, y.size, "out", rows.data, rows.extent(), "x");
-    require_apart<T>(y.data, y.size, "out", layer.weight, layer.in_features * layer.out_features, "weight");
-    require_apart<T>(y.data, y.size, "out", layer.bias, layer.out_features, "bias");
+    const Result<T> y(out, rows.rows, layer.out_features, "out");
+    y.require_apart_from(rows.data, rows.extent(), "x");
+    y.require_apart_from(layer.weight, layer.in_features * layer.out_features, "weight");
+    y.require_apart_from(layer.bias, layer.out_features, "bias");
     bool finite;
     {
       const WithoutGil released(y.size * layer.in_features);
@@ -61,7 +83,7 @@ Array forward(const Array& x, const Array& weight, const OptionalArray& bias, co
       PyErr_SetString(PyExc_FloatingPointError, "the output is not finite.");
       throw py::error_already_set();
     }
-    return result;
+    return y.array;
   });
 }
 
@@ -82,23 +104,19 @@ Array backward(const Array& g, const Array& x, const Array& weight, const Array&
       require_size(flat.size, layer.out_features, "bias.grad");
       bias = flat.data;
     }
-    Array result = py::reinterpret_borrow<Array>(input_gradient);
-    if (input_gradient.is_none()) result = new_matrix<T>(rows.rows, layer.in_features);
-    T* const input = write_flat<T>(result, "input_gradient").data;
-    require_shape(result, rows.rows, layer.in_features, "input_gradient");
-    const std::size_t input_size = rows.rows * layer.in_features;
-    require_apart<T>(input, input_size, "input_gradient", rows.data, rows.extent(), "x");
-    require_apart<T>(input, input_size, "input_gradient", output.data, output.size, "the gradient");
-    require_apart<T>(input, input_size, "input_gradient", layer.weight, weights.size, "weight");
+    const Result<T> input(input_gradient, rows.rows, layer.in_features, "input_gradient");
+    input.require_apart_from(rows.data, rows.extent(), "x");
+    input.require_apart_from(output.data, output.size, "the gradient");
+    input.require_apart_from(layer.weight, weights.size, "weight");
     require_apart<T>(weights.data, weights.size, "weight.grad", rows.data, rows.extent(), "x");
     require_apart<T>(weights.data, weights.size, "weight.grad", output.data, output.size, "the gradient");
     {
-      const WithoutGil released(input_size * layer.out_features);
-      linear_input_gradient<T>(rows.rows, layer.in_features, layer.out_features, output.data, layer.weight, input);
+      const WithoutGil released(input.size * layer.out_features);
+      linear_input_gradient<T>(rows.rows, layer.in_features, layer.out_features, output.data, layer.weight, input.data);
       linear_weight_gradient<T>(rows.rows, layer.in_features, layer.out_features, output.data, rows.data, rows.stride, true, weights.data,
                                 bias);
     }
-    return result;
+    return input.array;
   });
 }
 
