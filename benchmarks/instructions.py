@@ -49,14 +49,14 @@ def works() -> dict[str, Work]:
         return rng.standard_normal(shape, dtype=np.dtype(dtype))
 
     # Enough epochs for what a call of `fit` does once, some 500,000 instructions and now and then 10 % more or less, not to be seen.
-    def training(epochs: int, model: Any, X: Any, outputs: int, optimizer: Any, **options: Any) -> Work:
+    def training(counted: int, model: Any, X: Any, outputs: int, optimizer: Any, **options: Any) -> Work:
         y, loss = array(len(X), outputs), gdlib.MSELoss()
 
         def run(epochs: int) -> None:
             seed = {"seed": range(epochs)} if options.get("shuffle", True) else {}
             gdlib.fit(model, X, y, loss=loss, optimizer=optimizer, epochs=epochs, **seed, **options)
 
-        return epochs, run
+        return counted, run
 
     def products(rows: int, inputs: int, outputs: int, dtype: str, backward: bool) -> Work:
         model, x, gradient = (

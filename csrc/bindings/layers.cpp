@@ -40,13 +40,13 @@ Layer<T> read_layer(py::handle weight, py::handle bias) {
 
 // Where a result goes: `out`, or a new array, of which nothing is left to check.
 template <class T>
-struct Result {
+struct Output {
   Array array;
   T* data;
   std::size_t size;
   const char* given;  // the argument's name; null for a new array
 
-  Result(const OptionalArray& out, std::size_t rows, std::size_t cols, const char* name)
+  Output(const OptionalArray& out, std::size_t rows, std::size_t cols, const char* name)
       : array(out.is_none() ? new_matrix<T>(rows, cols) : py::reinterpret_borrow<Array>(out)),
         size(rows * cols),
         given(out.is_none() ? nullptr : name) {
@@ -69,7 +69,7 @@ Array forward(const Array& x, const Array& weight, const OptionalArray& bias, co
     const Layer<T> layer = read_layer<T>(weight, bias);
     const Rows<T> rows = read_rows<T>(x, "x");
     require_size(rows.cols, layer.in_features, "a row of x");
-    const Result<T> y(out, rows.rows, layer.out_features, "out");
+    const Output<T> y(out, rows.rows, layer.out_features, "out");
     y.require_apart_from(rows.data, rows.extent(), "x");
     y.require_apart_from(layer.weight, layer.in_features * layer.out_features, "weight");
     y.require_apart_from(layer.bias, layer.out_features, "bias");
@@ -104,7 +104,7 @@ Array backward(const Array& g, const Array& x, const Array& weight, const Array&
       require_size(flat.size, layer.out_features, "bias.grad");
       bias = flat.data;
     }
-    const Result<T> input(input_gradient, rows.rows, layer.in_features, "input_gradient");
+    const Output<T> input(input_gradient, rows.rows, layer.in_features, "input_gradient");
     input.require_apart_from(rows.data, rows.extent(), "x");
     input.require_apart_from(output.data, output.size, "the gradient");
     input.require_apart_from(layer.weight, weights.size, "weight");

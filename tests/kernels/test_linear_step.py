@@ -86,6 +86,20 @@ def test_small_sizes(isa, dtype, has_bias):
             oracle.assert_within(losses, oracle.Interval(*(edge[1:, out - 1] for edge in step.loss)), f"loss, {what}")
 
 
+@pytest.mark.parametrize("seed", [None, 7], ids=["in-order", "shuffled"])
+def test_every_way_begins_its_sums_at_zero(isa, dtype, seed):
+    """Dot products whose terms are all -0 are 0, on whichever way a row of so many features takes: then -0 - 0 leaves the weights at -0."""
+    tiny, rows, outputs = np.finfo(dtype).tiny ** 0.8, 8, 2
+    seeds = None if seed is None else np.array([seed], np.uint64)
+    for width in range(1, LARGEST + 1):
+        x, target = np.full((rows, width), tiny, dtype), np.zeros((rows, outputs), dtype)
+        target[: rows // 2] = tiny
+        parameters = np.full(outputs * (width + 1), -0.0, dtype)
+        assert descend(x, target, parameters, True, seeds, np.zeros(1))[:2] == ("finished", 1)
+        weights = parameters[: outputs * width]
+        assert (weights == 0).all() and np.signbit(weights).all(), f"in_features {width}"
+
+
 @cache  # for every ISA, and both orders
 def large_problem(shape, dtype):
     rows, in_features, out = shape
