@@ -178,12 +178,13 @@ void linear_input_gradient(size_t rows, size_t in_features, size_t out_features,
 // The targets of a block for one output come where its factors will be.
 template <class T>
 inline void block_targets(const LinearStep<T>& s, size_t first, size_t o, Block<T>& block) {
-  for (size_t l = s.target ? block.present : 0; l < block.padded; ++l) block.factor[l] = T(0);
-  if (!s.target) return;
-  if (!s.index && s.out_features == 1)
+  if (!s.target)
+    for (size_t l = 0; l < block.present; ++l) block.factor[l] = T(0);
+  else if (!s.index && s.out_features == 1)
     __builtin_memcpy(block.factor, s.target + first, block.present * sizeof(T));
   else
     for (size_t l = 0; l < block.present; ++l) block.factor[l] = s.target[(s.index ? s.index[first + l] : first + l) * s.out_features + o];
+  for (size_t l = block.present; l < block.padded; ++l) block.factor[l] = T(0);
 }
 
 // The residuals r of a block, residual_of(l) those of a group, become its factors, 2 r; returns the sum of r^2 and adds that of 2 r to the
@@ -253,8 +254,8 @@ __attribute__((noinline)) void block_of_short_rows(Block<T>& block, size_t in_fe
     Vector<T> x[w];
 #pragma GCC unroll 16
     for (int r = 0; r < w; ++r) x[r] = load_up_to(block.row[l + r], in_features);
-    // From zero, as every chain of additions begins: a product alone could be -0, and its sum too.
-    const Vector<T> products = sum_each<0, w>([&](int r) { return fma(x[r], weights, zero<T>()); });
+    // With zero, from which the others' chains of additions begin: where all products are -0, the sum is 0.
+    const Vector<T> products = sum_each<0, w>([&](int r) { return x[r] * weights; }) + zero<T>();
     const Vector<T> residual = products + broadcast(bias) - load(block.factor + l);
     store(block.factor + l, residual);
     T factor[w] __attribute__((aligned(lane_bytes)));

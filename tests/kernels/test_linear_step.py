@@ -97,7 +97,8 @@ def test_every_way_begins_its_sums_at_zero(isa, dtype, seed):
         parameters = np.full(outputs * (width + 1), -0.0, dtype)
         assert descend(x, target, parameters, True, seeds, np.zeros(1))[:2] == ("finished", 1)
         weights = parameters[: outputs * width]
-        assert (weights == 0).all() and np.signbit(weights).all(), f"in_features {width}"
+        assert (weights == 0).all(), f"in_features {width}"
+        assert np.signbit(weights).all(), f"in_features {width}"
 
 
 @cache  # for every ISA, and both orders
