@@ -62,12 +62,12 @@ calls and the straight lines of costs meet too.
   before 17), longer ones by the dot product of each together with the gradient of the one before, lines 16 KiB ahead being asked for (1,000
   features: 24 to 26 GB/s, before 21; float64 22 to 25, before 21). Tried for these: two and four rows at a time (23, 21), lines 2, 4 and
   8 KiB ahead (15, 18, 20), none (19; float64 14), every second and fourth (15, 18), into L1 (11); rows in blocks, twice (21).
-- 2048^3: one core alone reaches 93 to 95 % of the FMA peak forward and 92 to 93 % in the gradients (before 90 and 87 %), two 86 to 94 %.
+- 2048^3: one core alone reaches 93 to 95 % of the FMA peak forward and 92 to 93 % in the gradients (before 90 and 87 %), two 85 to 96 %.
   What it took: the sums of a tile went over the stack at its begin and end, 300 cycles each time (loops that were not unrolled); tiles of C
   are asked for ahead, to be written (3 %); panels of B fill three fourths of L2 and not half (1 %); groups of copied strips meet 3 MiB of B
   (2 %), 8 steps of depth are copied at a time (2 %). Tried without gain: rows of A asked for ahead, wholly or their first 1 to 32 lines;
   copies asked for ahead; blocks of depth of 2, 5.6 and 8 KiB; groups of 4, 16 and 32 tiles; 0.7, 1, 4 and 8 MiB of B.
-- Networks: from 784-512-10 up gdlib is at the FMA peak to some percent, which leaves 1.08 to 1.33 beside JAX. In
+- Networks: from 784-512-10 up gdlib is at the FMA peak to some percent, which leaves 1.08 to 1.47 beside JAX. In
   1024-1024-1024-1024 tiles take 92 % of the time, layouts 3.5 %, updates and activations 2 %; in 784-512-10 tiles take 89 % of one
   thread's time, at 98 % of its peak. What `fit` does once, a copy of the parameters and a look at what the last update left, took 3.6 % of
   these 64 steps and takes about 2 %. In 13-64-64-1 each thread takes its rows through all layers; what one core wrote and the other
@@ -77,17 +77,22 @@ calls and the straight lines of costs meet too.
   wrote, or is to be written, asked for ahead (no gain) were tried. One thread takes 10.5 us for 32 rows (before 11.1) and 75.4 us for 256
   (before 77), 76 and 84 % of the peak: a tile of 64 steps reaches 96 % of it and more; layouts, activations and updates are the rest.
   Loading halves of rows in place of shuffles in the layouts cost 1 to 3 % elsewhere, and tiles without divisions gained nothing.
+- Cost against features: a row of 64 takes 12 ns (21 GB/s), one of 256 42 (25 GB/s), in the machine's slow minutes 17.5 and 58. What a row
+  costs beyond its bytes, 2 to 4 ns, shows in short ones: exponents of 0.82 to 0.92. Tried: lines 16 KiB ahead asked for (no gain from 64 to
+  256 features); sums over lanes that are made for several rows together, which pays for 16 rows of one vector (10 features from memory 2.3
+  ns a row for 3.7, from L2 1.05 to 1.2 times as fast), not for 8 of two (0.85 to 1.17) or fewer of more (0.6 to 1.1).
 - Shuffled epochs: 1.3 to 2.6 times as fast as before where two threads share a batch, 1.1 to 1.9 times on one. Rows and their targets
   are asked for
   along with the arithmetic, a block of rows or 64 rows before; a batch is cut into pieces of 32 KiB and more (256 x 100, one thread:
   45 ns a row, 41 with its targets asked for; two threads 28 to 34). A core waits for 24 lines, 7 or 8 a row, at about 120 ns: 40 ns. Tried:
   row and gradient at one visit with requests (59 ns for 49), pieces of 25 KiB (10 % slower), the pieces' first lines in order asked for
   (4 to 13 % slower).
-- What other users of the machine cost: the same works alone, minutes apart, take 1 to 1.5 times as long, two threads gain 1.4 to 2,
-  NumPy's loop of the reference program was 1.84 to 2.8 times gdlib's, one row took 0.315 to 0.59 us, and networks were 1.41 to 1.53 times
-  as fast as their best peer. At times both CPUs of this machine are one core of its host: two threads that share nothing, each with a CPU
-  of its own and no time stolen, then do as much together as one alone (10 of 600 measurements of 20 ms, one to four in a row). After
-  NumPy's products its threads spin for 0.1 s, and what shares work meanwhile is half as fast: contenders rest for longer.
+- What other users of the machine cost: the same works alone, minutes apart, take 1 to 1.5 times as long, two threads gain 1.4 to 2 (the
+  least of a report was 1.70 to 1.87, each time another work), NumPy's loop of the reference program was 1.84 to 2.8 times gdlib's, one
+  row took 0.275 to 0.54 us (before 0.34 to 0.62), and networks were 1.41 to 1.57 times as fast as their best peer. At times both CPUs of
+  this machine are one core of its host: two threads that share nothing, each with a CPU of its own and no time stolen, then do as much
+  together as one alone (10 of 600 measurements of 20 ms, one to four in a row). After NumPy's products its threads spin for 0.1 s, and
+  what shares work meanwhile is half as fast: contenders rest for longer.
 - One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, before all that is said above, the code was 13.9x
   scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
 """
