@@ -107,9 +107,7 @@ bool linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_f
     gemm(p);
   } else {
     const std::size_t task_rows = rows_per_task(in_features, out_features, sizeof(T));
-    const std::size_t tasks = ceil_divide(rows, task_rows);
-    const int threads = tasks == 1 ? 1 : threads_for(cycles_of(rows, in_features, out_features));
-    parallel_for(tasks, threads, [&](std::size_t task, std::size_t) {
+    parallel_for(ceil_divide(rows, task_rows), threads_for(cycles_of(rows, in_features, out_features)), [&](std::size_t task, std::size_t) {
       const std::size_t begin = task * task_rows, count = std::min(task_rows, rows - begin);
       kernel.linear_forward(count, in_features, out_features, x + begin * x_stride, x_stride, weight, bias, y + begin * out_features);
       if (to_finish) finish(Block<T>{begin, count, 0, out_features, y + begin * out_features, out_features});

@@ -292,8 +292,9 @@ bool awake() {
 
 int threads_for(double cycles) {
   constexpr double least = 4.0;  // times what it costs
+  if (cycles < least_shared_cycles) return 1;  // whatever else holds, which short calls need not look at
   const int threads = thread_count();
-  if (threads == 1 || cycles < (paced ? least_shared_cycles : least * cost_of_sharing_untried)) return 1;
+  if (threads == 1 || (!paced && cycles < least * cost_of_sharing_untried)) return 1;
   return cycles >= least * cost_of_waking || awake() ? threads : 1;
 }
 

@@ -88,7 +88,7 @@ def test_small_sizes(isa, dtype, has_bias):
 
 @pytest.mark.parametrize("seed", [None, 7], ids=["in-order", "shuffled"])
 def test_every_way_begins_its_sums_at_zero(isa, dtype, seed):
-    """Dot products whose terms are all -0 are 0, on whichever way a row of so many features takes: then -0 - 0 leaves the weights at -0."""
+    """Dot products whose terms are all -0 are 0, for every number of features of a small batch: then -0 - 0 leaves the weights at -0."""
     tiny, rows, outputs = np.finfo(dtype).tiny ** 0.8, 8, 2
     seeds = None if seed is None else np.array([seed], np.uint64)
     for width in range(1, LARGEST + 1):
