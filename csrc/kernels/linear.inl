@@ -208,11 +208,12 @@ inline double block_factors(Block<T>& block, const Residuals& residual_of, bool 
 }
 
 // One visit to each row, which stays in the registers between its dot product and its share of the gradient, whose sums stay there too:
-// group_dot and block_gradient, bit by bit. factor[l] holds the target and becomes the residual. Not inline: each number of vectors is to
-// have all registers, and as part of linear_step rows of 200 features took up to 1.3 times as long.
-template <int Vectors, class T>
-__attribute__((noinline)) void block_in_registers(Block<T>& block, size_t in_features, const T* weight, T bias, bool accumulate,
-                                                  T* gradient) {
+// group_dot and block_gradient, bit by bit. factor[l] holds the target and becomes the residual. Ahead: lines `ahead` elements behind are
+// asked for. Not inline: each number of vectors is to have all registers, and as part of linear_step rows of 200 features took up to 1.3
+// times as long.
+template <int Vectors, bool Ahead, class T>
+__attribute__((noinline)) void block_in_registers(Block<T>& block, size_t in_features, size_t ahead, const T* weight, T bias,
+                                                  bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
   constexpr int chains = chains_for<T>(Vectors);
   const size_t tail = in_features - (Vectors - 1) * w;
@@ -229,6 +230,7 @@ __attribute__((noinline)) void block_in_registers(Block<T>& block, size_t in_fea
 #pragma GCC unroll 16
       for (int v = 0; v < Vectors; ++v) {
         x[v] = v + 1 < Vectors ? load(row + v * w) : load_up_to(row + v * w, tail);
+        if (Ahead && v * lane_bytes % 64 == 0) __builtin_prefetch(row + ahead + v * w, 0, 2);
         products = fma(x[v], weights[v], products);
       }
       T residual = sum_lanes<T>(products) + bias - block.factor[l + c];
@@ -243,9 +245,9 @@ __attribute__((noinline)) void block_in_registers(Block<T>& block, size_t in_fea
 
 // The same for rows of one vector, a group at a time, so that its sums over lanes are made together: 1.05 to 1.2 times as fast in the
 // cache, 1.4 to 1.7 from memory. Groups of 8 rows of two vectors gain nothing.
-template <class T>
-__attribute__((noinline)) void block_of_short_rows(Block<T>& block, size_t in_features, const T* weight, T bias, bool accumulate,
-                                                   T* gradient) {
+template <bool Ahead, class T>
+__attribute__((noinline)) void block_of_short_rows(Block<T>& block, size_t in_features, size_t ahead, const T* weight, T bias,
+                                                   bool accumulate, T* gradient) {
   constexpr int w = (int)lanes<T>, chains = chains_for<T>(1);
   const Vector<T> weights = load_up_to(weight, in_features);
   Vector<T> sum[chains][1];
@@ -253,7 +255,10 @@ __attribute__((noinline)) void block_of_short_rows(Block<T>& block, size_t in_fe
   const auto visit = [&](size_t l, size_t present) __attribute__((always_inline)) {
     Vector<T> x[w];
 #pragma GCC unroll 16
-    for (int r = 0; r < w; ++r) x[r] = load_up_to(block.row[l + r], in_features);
+    for (int r = 0; r < w; ++r) {
+      x[r] = load_up_to(block.row[l + r], in_features);
+      if (Ahead) __builtin_prefetch(block.row[l + r] + ahead, 0, 2);
+    }
     // With zero, from which the others' chains of additions begin: where all products are -0, the sum is 0.
     const Vector<T> products = sum_each<0, w>([&](int r) { return x[r] * weights; }) + zero<T>();
     const Vector<T> residual = products + broadcast(bias) - load(block.factor + l);
@@ -273,15 +278,15 @@ __attribute__((noinline)) void block_of_short_rows(Block<T>& block, size_t in_fe
 }
 
 // The same for a number of vectors that is known only now.
-template <int Most, class T>
-inline void block_in_registers_of(size_t vectors, Block<T>& block, size_t in_features, const T* weight, T bias, bool accumulate,
-                                  T* gradient) {
+template <int Most, bool Ahead, class T>
+inline void block_in_registers_of(size_t vectors, Block<T>& block, size_t in_features, size_t ahead, const T* weight, T bias,
+                                  bool accumulate, T* gradient) {
   if constexpr (Most == 1)
-    block_of_short_rows(block, in_features, weight, bias, accumulate, gradient);
+    block_of_short_rows<Ahead>(block, in_features, ahead, weight, bias, accumulate, gradient);
   else if (vectors == Most)
-    block_in_registers<Most>(block, in_features, weight, bias, accumulate, gradient);
+    block_in_registers<Most, Ahead>(block, in_features, ahead, weight, bias, accumulate, gradient);
   else
-    block_in_registers_of<Most - 1>(vectors, block, in_features, weight, bias, accumulate, gradient);
+    block_in_registers_of<Most - 1, Ahead>(vectors, block, in_features, ahead, weight, bias, accumulate, gradient);
 }
 
 // The same for longer rows from memory: the dot product of a row together with the gradient of the row before it, which is in L1 then, so
@@ -343,7 +348,8 @@ double linear_step(const LinearStep<T>& s) {
   const bool in_registers = in_order ? vectors <= most_row_vectors : !s.prefetch && gains;
   const bool in_turns = in_order && !in_registers;
   // That prefetching ends with each page: lines of later ones are asked for, 16 KiB ahead and more (4 KiB ahead gives 18 GB/s, 2 KiB 15).
-  const size_t ahead_in_turns = in_turns ? (2 * most_turn_bytes / (in * sizeof(T)) + 1) * s.x_stride : 0;
+  // Rows in registers gain nothing by it on Zen 4, and 6 % (100 features, two threads) to 40 % (8 features) on Zen 3.
+  const size_t ahead_in_order = in_order ? (2 * most_turn_bytes / (in * sizeof(T)) + 1) * s.x_stride : 0;
   Block<T> blocks[2];
   Block<T>*block = &blocks[0], *next = &blocks[1];
   block->gather(s.x, s.x_stride, s.index, 0, count_from(0, s.rows));
@@ -364,10 +370,12 @@ double linear_step(const LinearStep<T>& s) {
       const bool accumulate = first != 0;
       T* const bias_gradient = s.bias_gradient ? s.bias_gradient + o : nullptr;
       if (in_registers || in_turns) {
-        if (in_registers)
-          block_in_registers_of<(int)most_row_vectors>(vectors, *block, in, weight, bias, accumulate, gradient);
+        if (in_turns)
+          block_in_turns(*block, in, o == 0 ? ahead_in_order : 0, weight, bias, accumulate, gradient);
+        else if (in_order && o == 0)
+          block_in_registers_of<(int)most_row_vectors, true>(vectors, *block, in, ahead_in_order, weight, bias, accumulate, gradient);
         else
-          block_in_turns(*block, in, o == 0 ? ahead_in_turns : 0, weight, bias, accumulate, gradient);
+          block_in_registers_of<(int)most_row_vectors, false>(vectors, *block, in, 0, weight, bias, accumulate, gradient);
         loss += block_factors(*block, [&](size_t l) { return load(block->factor + l); }, accumulate, bias_gradient);
         continue;
       }
