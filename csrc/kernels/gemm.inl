@@ -159,7 +159,8 @@ inline void pack_straight(size_t depth, size_t present, const T* source, size_t 
 }
 
 template <class T>
-void gemm_pack_columns(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel, size_t panel_width) {
+void gemm_pack_columns(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel,
+                       size_t panel_width) {
   constexpr int n = (int)lanes<T>;
   for (size_t k = 0; k < panel_width; k += n) {
     const size_t present = width > k ? width - k : 0;

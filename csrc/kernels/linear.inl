@@ -208,8 +208,8 @@ inline double block_factors(Block<T>& block, const Residuals& residual_of, bool 
 }
 
 // One visit to each row, which stays in the registers between its dot product and its share of the gradient, whose sums stay there too:
-// group_dot and block_gradient, bit by bit. factor[l] holds the target and becomes the residual. Ahead: lines `ahead` elements behind are
-// asked for. Not inline: each number of vectors is to have all registers, and as part of linear_step rows of 200 features took up to 1.3
+// group_dot and block_gradient, bit by bit. factor[l] holds the target and becomes the residual. Ahead: asks for lines `ahead` elements
+// further on. Not inline: each number of vectors is to have all registers, and as part of linear_step rows of 200 features took up to 1.3
 // times as long.
 template <int Vectors, bool Ahead, class T>
 __attribute__((noinline)) void block_in_registers(Block<T>& block, size_t in_features, size_t ahead, const T* weight, T bias,
@@ -290,7 +290,7 @@ inline void block_in_registers_of(size_t vectors, Block<T>& block, size_t in_fea
 }
 
 // The same for longer rows from memory: the dot product of a row together with the gradient of the row before it, which is in L1 then, so
-// that reading from memory does not pause. Asks for what lies `ahead` elements behind.
+// that reading from memory does not pause. Asks for what lies `ahead` elements further on.
 template <class T>
 inline void block_in_turns(Block<T>& block, size_t in_features, size_t ahead, const T* weight, T bias, bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;

@@ -1,5 +1,5 @@
-// Many steps of mini-batch SGD on one output with few features, without leaving the registers: more than twice as quick on 10 features in batches
-// of 32 as a visit to each batch (linear_step), an update and the calls between them.
+// Many steps of mini-batch SGD on one output with few features, without leaving the registers: more than twice as quick on 10 features in
+// batches of 32 as a visit to each batch (linear_step), an update and the calls between them.
 //
 // A row is extended to [x, 1, target] and the parameters to [weight, bias, -1], so that one dot product is the residual, and the sum of
 // residual * row holds the gradient of weight and bias in the order in which they lie in memory. Accumulates in T; losses leave in double.
@@ -40,7 +40,9 @@ size_t linear_run_of(const LinearRun<T>& run) {
   // prefetching, 25 instead of 14 GB/s.
   constexpr size_t ahead = 64;
   const size_t known = run.rows + run.rows_ahead, last = run.in_features - 1;
-  constexpr int chains = w < 4 ? 2 : 4;  // of additions to the gradient: latency (4) over their number hides behind the loads
+  // Of additions to the gradient: latency (4) over their number hides behind the loads. Four of two vectors are more than 16 registers hold
+  // (3 to 7 % slower).
+  constexpr int chains = w < 4 || (Vectors > 1 && vector_registers == 16) ? 2 : 4;
   const ExtendedRow<T, Vectors> extended(run.in_features, run.has_bias);
   const size_t parameters = run.in_features + (run.has_bias ? 1 : 0);
 
