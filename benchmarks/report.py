@@ -96,11 +96,11 @@ calls and the straight lines of costs meet too.
 - One machine is not another: on a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, before all that is said above, the code was 13.9x
   scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents. On a Zen 3 (AVX2, 12 to 14 GB/s and 95
   GFLOP/s for one core, whose neighbours slow it most of the time) one report gave 2,836x PyTorch, 10.0x scikit-learn and 5.42x JAX in the
-  reference program (before orders were made by vectors of AVX2 there: 1,606, 6.55 and 3.53), 10.5x scikit-learn in SGD epochs in order
-  (before lines ahead were asked for: 7.6), 1.20x in products (before tiles took two steps of depth at a time: 1.13), of which one row
-  through 4096 x 4096 was the least with 0.895x, 1.44x in networks (before 1.45, the least 1.18 and before 1.06), 68 % of the read
-  bandwidth and 1.84x NumPy in descents. Tried there without gain: tiles of 6 x 2 vectors for 4 x 3, rows of A or panels of B asked for
-  ahead, blocks of depth of 1 and 2 KiB (5 to 18 % slower), L2 filled by half.
+  reference program (1,606, 6.55 and 3.53 in a report from before orders were made by vectors of AVX2, tiles took two steps of depth at a
+  time and rows in registers asked for lines ahead), 10.5x scikit-learn in SGD epochs in order (7.6), 1.20x in products (1.13), of which
+  one row through 4096 x 4096 was the least with 0.895x, 1.44x in networks (1.45; the least 1.18, before 1.06), 68 % of the read bandwidth
+  (64) and 1.84x NumPy (1.78) in descents. Tried there without gain: tiles of 6 x 2 vectors for 4 x 3, rows of A or panels of B asked for
+  ahead, blocks of depth of 1 and 2 KiB (up to 18 % slower), L2 filled by half.
 """
 SCALING_NOTE = """The exponent is the slope of the straight line through the logarithms of cost and size: 1 is proportional, -1 for threads.
 Few threads give few points, which a line meets exactly: no R^2. Sizes begin where the work is more than the call.

@@ -32,8 +32,8 @@ void gemm_tile(const GemmTile<T>& t) {
   const T* b = t.b;
   const size_t a_step = t.a_depth_stride, b_step = t.b_stride;
   size_t at = 0;
-  // Two steps at a time: a core that is shared with another thread issues half as much, and the loop's own instructions then cost 10 to
-  // 13 % of a tile of AVX2. Four gain no more.
+  // Two steps at a time: on a core whose host gives it another thread too, the loop's own instructions cost 10 to 13 % of a tile of AVX2
+  // (alone nothing). Four gain no more.
 #pragma GCC unroll 2
   for (size_t d = 0; d < t.depth; ++d, at += a_step, b += b_step) {
     Vector<T> column[Vectors];

@@ -348,7 +348,8 @@ double linear_step(const LinearStep<T>& s) {
   const bool in_registers = in_order ? vectors <= most_row_vectors : !s.prefetch && gains;
   const bool in_turns = in_order && !in_registers;
   // That prefetching ends with each page: lines of later ones are asked for, 16 KiB ahead and more (4 KiB ahead gives 18 GB/s, 2 KiB 15).
-  // Rows in registers gain nothing by it on Zen 4, and 6 % (100 features, two threads) to 40 % (8 features) on Zen 3.
+  // Rows in registers gain nothing by it on Zen 4, and 6 % (100 features, two threads) to 40 % (8 features) on Zen 3; from L3 there up to
+  // 8 % are lost.
   const size_t ahead_in_order = in_order ? (2 * most_turn_bytes / (in * sizeof(T)) + 1) * s.x_stride : 0;
   Block<T> blocks[2];
   Block<T>*block = &blocks[0], *next = &blocks[1];
