@@ -68,14 +68,37 @@ inline void exchange(V& a, V& b, Sequence<L...>) {
   a = low;
 }
 
+// In each four lanes: a0 b0 a1 b1, and a2 b2 a3 b3.
+template <class V, int... L>
+inline void interleave(V& a, V& b, Sequence<L...>) {
+  constexpr int n = sizeof...(L);
+  const V low = __builtin_shufflevector(a, b, ((L & 1) * n + (L & ~3) + (L & 3) / 2)...);
+  b = __builtin_shufflevector(a, b, ((L & 1) * n + (L & ~3) + (L & 3) / 2 + 2)...);
+  a = low;
+}
+
 // Transposes N vectors of N elements: bit by bit, the number of a vector and that of a lane change places.
 template <int Stride, int N, class V>
 inline void transpose(V (&v)[N]) {
-  if constexpr (Stride < N) {
+  constexpr typename MakeSequence<N>::type all{};
+  if constexpr (Stride == 1 && N >= 4 && sizeof(v[0][0]) == 4) {
+    // Two bits at once: to exchange single floats takes x86 two instructions, to interleave them one.
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i += 4) {
+      interleave(v[i], v[i + 1], all);
+      interleave(v[i + 2], v[i + 3], all);
+      exchange<2>(v[i], v[i + 2], all);
+      exchange<2>(v[i + 1], v[i + 3], all);
+      const V second = v[i + 2];
+      v[i + 2] = v[i + 1];
+      v[i + 1] = second;
+    }
+    transpose<4>(v);
+  } else if constexpr (Stride < N) {
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i)
-      if (!(i & Stride)) exchange<Stride>(v[i], v[i + Stride], typename MakeSequence<N>::type{});
-    transpose<2 * Stride, N>(v);
+      if (!(i & Stride)) exchange<Stride>(v[i], v[i + Stride], all);
+    transpose<2 * Stride>(v);
   }
 }
 
@@ -88,39 +111,54 @@ inline void read_transposed(const T* source, size_t stride, size_t present, size
   for (int i = 0; i < n; ++i) {
     const T* const from = source + i * stride;
     v[i] = !All && (size_t)i >= present ? zero<T>() : All ? load(from) : load_first(from, count);
-    // Sequences whose starts are a power of two apart are too many for the prefetchers: 20 % of a matrix read once from memory.
-    if (All) __builtin_prefetch(from + 8 * n, 0, 2);
+    // Sequences whose starts are a power of two apart are too many for the prefetchers: 20 % of a matrix read once from memory. Vectors
+    // of half a line gain nothing by requests, and lose up to a third in the cache.
+    if (All && lane_bytes == 64) __builtin_prefetch(from + 8 * n, 0, 2);
   }
-  transpose<1, n>(v);
+  transpose<1>(v);
 }
 
-// c[Rows, columns] = start + a b for few rows and a b whose columns are sequences of `depth` elements, b_stride apart: each vector of
-// columns is transposed in registers, and used once. The chains of gemm_tile.
-template <class T, int Rows>
-void gemm_transposed(const GemmTile<T>& t) {
+// For gemm_transposed: Together vectors of columns from k on, which take turns; a single one may be there in part.
+template <class T, int Rows, int Together>
+inline void transposed_columns(const GemmTile<T>& t, size_t k) {
   constexpr size_t w = lanes<T>;
-  for (size_t k = 0; k < t.columns; k += w) {
-    const size_t present = t.columns - k;
-    Vector<T> sum[Rows];
-    for (int r = 0; r < Rows; ++r) sum[r] = t.start ? load_up_to(t.start + r * t.start_stride + k, present) : zero<T>();
-    const auto steps = [&](size_t d, size_t count, auto all) __attribute__((always_inline)) {
+  const size_t present = Together > 1 || k + w <= t.columns ? w : t.columns - k;
+  Vector<T> sum[Together][Rows];
+  for (int c = 0; c < Together; ++c)
+    for (int r = 0; r < Rows; ++r) sum[c][r] = t.start ? load_up_to(t.start + r * t.start_stride + k + c * w, present) : zero<T>();
+  const auto steps = [&](size_t d, size_t count, auto all) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+    for (int c = 0; c < Together; ++c) {
       Vector<T> column[w];
-      read_transposed<all.value>(t.b + k * t.b_stride + d, t.b_stride, present, count, column);
+      read_transposed<all.value>(t.b + (k + c * w) * t.b_stride + d, t.b_stride, present, count, column);
 #pragma GCC unroll 16
       for (size_t i = 0; i < w; ++i)
         if (all.value || i < count)
 #pragma GCC unroll 4
-          for (int r = 0; r < Rows; ++r) {
-            const T factor = t.a[r * t.a_row_stride + (d + i) * t.a_depth_stride];
-            sum[r] = fma(broadcast(factor), column[i], sum[r]);
-          }
-    };
-    size_t d = 0;
-    if (present >= w)
-      for (; d + w <= t.depth; d += w) steps(d, w, Constant<true>{});
-    for (; d < t.depth; d += w) steps(d, t.depth - d < w ? t.depth - d : w, Constant<false>{});
-    for (int r = 0; r < Rows; ++r) store_up_to(t.c + r * t.c_stride + k, sum[r], present);
-  }
+          for (int r = 0; r < Rows; ++r) sum[c][r] = fma(broadcast(t.a[r * t.a_row_stride + d + i]), column[i], sum[c][r]);
+    }
+  };
+  size_t d = 0;
+  if (present == w)
+    for (; d + w <= t.depth; d += w) steps(d, w, Constant<true>{});
+  for (; d < t.depth; d += w) steps(d, t.depth - d < w ? t.depth - d : w, Constant<false>{});
+  for (int c = 0; c < Together; ++c)
+    for (int r = 0; r < Rows; ++r) store_up_to(t.c + r * t.c_stride + k + c * w, sum[c][r], present);
+}
+
+// c[Rows, columns] = start + a b for few rows and a b whose columns are sequences of `depth` elements, b_stride apart: each vector of
+// columns is transposed in registers, and used once. The elements of a row of a are neighbours. The chains of gemm_tile.
+template <class T, int Rows>
+void gemm_transposed(const GemmTile<T>& t) {
+  constexpr size_t w = lanes<T>, ways = 8, way_bytes = 4096;  // of the smallest L1 in use
+  // Two vectors take turns where one alone waits for its chain of additions most of the time: 1.2 to 1.9 times as fast, but for sequences
+  // that fall on one set of L1, and are more than it has ways. To transpose whole lines takes as long as to add them.
+  constexpr int together = Rows <= 2 && lane_bytes < 64 ? 2 : 1;
+  const bool one_set = together * w > ways && t.b_stride * sizeof(T) % way_bytes == 0;
+  size_t k = 0;
+  if (together > 1 && !one_set)
+    for (; k + together * w <= t.columns; k += together * w) transposed_columns<T, Rows, together>(t, k);
+  for (; k < t.columns; k += w) transposed_columns<T, Rows, 1>(t, k);
 }
 
 // A vector's columns of a panel from as many sequences of `depth` elements, of which `present` exist: N steps at a time, of which the last

@@ -121,7 +121,8 @@ struct KernelTable {
   size_t lanes;  // elements of a vector
   void (*gemm_tile[most_tile_rows][most_tile_vectors])(const GemmTile<T>& tile);
 
-  // The same for few rows, r of them by gemm_transposed[r - 1], and any columns of b, each a sequence of `depth` elements, b_stride apart.
+  // The same for few rows, r of them by gemm_transposed[r - 1], the elements of each neighbours, and any columns of b, each a sequence of
+  // `depth` elements, b_stride apart.
   void (*gemm_transposed[most_transposed_rows])(const GemmTile<T>& tile);
 
   // panel[depth][panel_width] = the elements (d, k) of a source with the given strides, one of which is 1, for k < width, and zeros from
