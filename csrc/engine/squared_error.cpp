@@ -25,7 +25,7 @@ double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, con
                             Interrupt& interrupt) {
   const std::size_t weights = shape.in_features * shape.out_features, n = shape.parameters();
   const KernelTable<T>& kernel = table<T>();
-  const auto step = [&](std::size_t begin, std::size_t rows, std::size_t next, T* into) {
+  const auto step_of = [&](std::size_t begin, std::size_t rows, std::size_t next, T* into) {
     LinearStep<T> s;
     // Rows are numbered from `begin` by moving the index, or x and the target where there is none.
     const std::size_t shift = batch.index ? 0 : begin;
@@ -44,12 +44,12 @@ double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, con
     s.target = batch.target ? batch.target + shift * shape.out_features : nullptr;
     s.weight_gradient = into;
     s.bias_gradient = shape.has_bias ? into + weights : nullptr;
-    return kernel.linear_step(s);
+    return s;
   };
 
   const std::size_t task_rows = rows_per_piece(batch.rows, shape.in_features, shape.out_features, sizeof(T));
   const std::size_t tasks = ceil_divide(batch.rows, task_rows);
-  if (tasks == 1) return step(0, batch.rows, batch.rows, gradient);
+  if (tasks == 1) return kernel.linear_step(step_of(0, batch.rows, batch.rows, gradient));
 
   const double cycles = cycles_of_batch(shape, batch);
   const int threads = threads_for(cycles);
@@ -58,10 +58,21 @@ double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, con
   const bool ask = cycles > 1e6;  // else whoever makes the steps asks often enough, between them
   scratch.partials.resize(tasks * n);
   scratch.losses.resize(tasks);
-  parallel_for(tasks, threads, [&](std::size_t task, std::size_t) {
-    if (ask && interrupt.check()) return;
+  const auto task_step = [&](std::size_t task) {
     const std::size_t begin = task * task_rows, rows = std::min(task_rows, batch.rows - begin);
-    scratch.losses[task] = step(begin, rows, one_each ? batch.rows : rows, scratch.partials.data() + task * n);
+    return step_of(begin, rows, one_each ? batch.rows : rows, scratch.partials.data() + task * n);
+  };
+  // Two tasks at a time where each thread has as many: their rows may take turns.
+  const std::size_t together = tasks >= 2 * static_cast<std::size_t>(threads) ? 2 : 1;
+  parallel_for(ceil_divide(tasks, together), threads, [&](std::size_t part, std::size_t) {
+    if (ask && interrupt.check()) return;
+    const std::size_t task = part * together;
+    if (together == 2 && task + 1 < tasks) {
+      const LinearStep<T> steps[2] = {task_step(task), task_step(task + 1)};
+      kernel.linear_steps(steps, scratch.losses.data() + task);
+    } else {
+      scratch.losses[task] = kernel.linear_step(task_step(task));
+    }
   });
   if (interrupt.requested()) return 0.0;
   if (tasks <= most_pieces) {

@@ -148,6 +148,9 @@ struct KernelTable {
   // One pass over the rows: residual r = x weight^T + bias - target; gradient of sum r^2, that is 2 r^T x and 2 sum r; returns sum r^2.
   double (*linear_step)(const LinearStep<T>& step);
 
+  // Two such passes with the same weights, x_stride, index and flags, over other rows; losses[2] are theirs, bit by bit as one by one.
+  void (*linear_steps)(const LinearStep<T>* steps, double* losses);
+
   // The steps of a run, for up to run_features features; returns how many were made: it stops before one whose loss is not finite.
   size_t run_features;
   size_t (*linear_run)(const LinearRun<T>& run);

@@ -1,0 +1,324 @@
+// The fused training step of a linear layer with few outputs.
+//
+// Rows that the registers can hold are read once: dot product and gradient, then the next row; longer ones in order from memory too, the
+// dot product of one together with the gradient of the one before. The others are visited twice: dot products of a block first, one
+// accumulator vector for each row, then its gradient, some features at a time. All ways make the same additions. Accumulates in T; sums of
+// losses are returned in double.
+
+namespace gdlib {
+namespace {
+
+// Rows up to so many bytes are read in turns: two of them, the weights and the sums of the gradient fill the smallest L1 in use, 32 KiB.
+constexpr size_t most_turn_bytes = 8 << 10;
+
+// Rows up to so many vectors are held in the registers (where there are 16, the compiler reads some again from L1).
+constexpr size_t most_row_vectors = 16;
+
+// The targets of a block for one output come where its factors will be.
+template <class T>
+inline void block_targets(const LinearStep<T>& s, size_t first, size_t o, Block<T>& block) {
+  if (!s.target)
+    for (size_t l = 0; l < block.present; ++l) block.factor[l] = T(0);
+  else if (!s.index && s.out_features == 1)
+    __builtin_memcpy(block.factor, s.target + first, block.present * sizeof(T));
+  else
+    for (size_t l = 0; l < block.present; ++l) block.factor[l] = s.target[(s.index ? s.index[first + l] : first + l) * s.out_features + o];
+  for (size_t l = block.present; l < block.padded; ++l) block.factor[l] = T(0);
+}
+
+// The residuals r of a block, residual_of(l) those of a group, become its factors, 2 r; returns the sum of r^2 and adds that of 2 r to the
+// bias gradient.
+template <class T, class Residuals>
+inline double block_factors(Block<T>& block, const Residuals& residual_of, bool accumulate, T* bias_gradient) {
+  Vector<T> bias_sum = zero<T>(), loss_sum = zero<T>();
+  for (size_t l = 0; l < block.padded; l += lanes<T>) {
+    Vector<T> residual = residual_of(l);
+    if (block.present - l < lanes<T>) {
+      store(block.factor + l, residual);
+      residual = load_partial(block.factor + l, block.present - l);
+    }
+    const Vector<T> gradient = SquaredError::gradient(residual);
+    store(block.factor + l, gradient);
+    bias_sum += gradient;
+    loss_sum += SquaredError::term(residual);
+  }
+  if (bias_gradient) *bias_gradient = (accumulate ? *bias_gradient : T(0)) + sum_lanes<T>(bias_sum);
+  return (double)sum_lanes<T>(loss_sum);
+}
+
+// One visit to each row, which stays in the registers between its dot product and its share of the gradient, whose sums stay there too:
+// group_dot and block_gradient, bit by bit. factor[l] holds the target and becomes the residual. Ahead: asks for lines `ahead` elements
+// further on. Not inline: each number of vectors is to have all registers, and as part of linear_step rows of 200 features took up to 1.3
+// times as long.
+template <int Vectors, bool Ahead, class T>
+__attribute__((noinline)) void block_in_registers(Block<T>& block, size_t in_features, size_t ahead, const T* weight, T bias,
+                                                  bool accumulate, T* gradient) {
+  constexpr size_t w = lanes<T>;
+  constexpr int chains = chains_for<T>(Vectors);
+  const size_t tail = in_features - (Vectors - 1) * w;
+  Vector<T> weights[Vectors], sum[chains][Vectors];
+  for (int v = 0; v < Vectors; ++v) {
+    weights[v] = load_up_to(weight + v * w, in_features - v * w);
+    for (int c = 0; c < chains; ++c) sum[c][v] = zero<T>();
+  }
+  for (size_t l = 0; l < block.present; l += chains)
+#pragma GCC unroll 4
+    for (int c = 0; c < chains; ++c) {
+      const T* const row = block.row[l + c];
+      Vector<T> x[Vectors], products = zero<T>();
+#pragma GCC unroll 16
+      for (int v = 0; v < Vectors; ++v) {
+        x[v] = v + 1 < Vectors ? load(row + v * w) : load_up_to(row + v * w, tail);
+        if (Ahead && v * lane_bytes % 64 == 0) __builtin_prefetch(row + ahead + v * w, 0, 2);
+        products = fma(x[v], weights[v], products);
+      }
+      T residual = sum_lanes<T>(products) + bias - block.factor[l + c];
+      if (chains > 1 && l + c >= block.present) residual = T(0);
+      block.factor[l + c] = residual;
+      const Vector<T> factor = broadcast(SquaredError::gradient(residual));
+#pragma GCC unroll 16
+      for (int v = 0; v < Vectors; ++v) sum[c][v] = fma(x[v], factor, sum[c][v]);
+    }
+  tail < w ? add_chains<true>(sum, tail, accumulate, gradient) : add_chains<false>(sum, tail, accumulate, gradient);
+}
+
+// The same for rows of one vector, a group at a time, so that its sums over lanes are made together: 1.05 to 1.2 times as fast in the
+// cache, 1.4 to 1.7 from memory. Groups of 8 rows of two vectors gain nothing.
+template <bool Ahead, class T>
+__attribute__((noinline)) void block_of_short_rows(Block<T>& block, size_t in_features, size_t ahead, const T* weight, T bias,
+                                                   bool accumulate, T* gradient) {
+  constexpr int w = (int)lanes<T>, chains = chains_for<T>(1);
+  const Vector<T> weights = load_up_to(weight, in_features);
+  Vector<T> sum[chains][1];
+  for (int c = 0; c < chains; ++c) sum[c][0] = zero<T>();
+  const auto visit = [&](size_t l, size_t present) __attribute__((always_inline)) {
+    Vector<T> x[w];
+#pragma GCC unroll 16
+    for (int r = 0; r < w; ++r) {
+      x[r] = load_up_to(block.row[l + r], in_features);
+      if (Ahead) __builtin_prefetch(block.row[l + r] + ahead, 0, 2);
+    }
+    // With zero, from which the others' chains of additions begin: where all products are -0, the sum is 0.
+    const Vector<T> products = sum_each<0, w>([&](int r) { return x[r] * weights; }) + zero<T>();
+    const Vector<T> residual = products + broadcast(bias) - load(block.factor + l);
+    store(block.factor + l, residual);
+    T factor[w] __attribute__((aligned(lane_bytes)));
+    store(factor, SquaredError::gradient(residual));
+    for (size_t r = present; r < w; ++r) factor[r] = T(0);
+    keep_in_memory(factor);  // as in linear_run
+#pragma GCC unroll 16
+    for (int r = 0; r < w; ++r)
+      if (r - r % chains < (int)present) sum[r % chains][0] = fma(x[r], broadcast(factor[r]), sum[r % chains][0]);
+  };
+  size_t l = 0;
+  for (; l + w <= block.present; l += w) visit(l, (size_t)w);
+  if (l < block.present) visit(l, block.present - l);
+  add_chains<true>(sum, in_features, accumulate, gradient);
+}
+
+// The same for a number of vectors that is known only now.
+template <int Most, bool Ahead, class T>
+inline void block_in_registers_of(size_t vectors, Block<T>& block, size_t in_features, size_t ahead, const T* weight, T bias,
+                                  bool accumulate, T* gradient) {
+  if constexpr (Most == 1)
+    block_of_short_rows<Ahead>(block, in_features, ahead, weight, bias, accumulate, gradient);
+  else if (vectors == Most)
+    block_in_registers<Most, Ahead>(block, in_features, ahead, weight, bias, accumulate, gradient);
+  else
+    block_in_registers_of<Most - 1, Ahead>(vectors, block, in_features, ahead, weight, bias, accumulate, gradient);
+}
+
+// The same for longer rows from memory: the dot product of a row together with the gradient of the row before it, which is in L1 then, so
+// that reading from memory does not pause. N blocks with equally many rows at once, each for a gradient of its own. Asks for what lies
+// `ahead` elements further on.
+template <int N, class T>
+inline void blocks_in_turns(Block<T> (&block)[N], size_t in_features, size_t ahead, const T* weight, T bias, bool accumulate,
+                            T* const (&gradient)[N]) {
+  constexpr size_t w = lanes<T>;
+  T sums[N][most_turn_bytes / sizeof(T)] __attribute__((aligned(lane_bytes)));
+  Vector<T> factor[N];  // of the row before
+  for (int n = 0; n < N; ++n) factor[n] = zero<T>();
+  const auto turn = [&](size_t l, auto dot, auto gradient_before) __attribute__((always_inline)) {
+    const T *row[N], *before[N];
+    Vector<T> products[N];
+    for (int n = 0; n < N; ++n) {
+      row[n] = block[n].row[dot.value ? l : l - 1];
+      before[n] = block[n].row[gradient_before.value ? l - 1 : l];
+      products[n] = zero<T>();
+    }
+    const auto visit = [&](size_t j, const auto& read) __attribute__((always_inline)) {
+      if (dot.value) {
+        const Vector<T> weights = read(weight + j);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) {
+          __builtin_prefetch(row[n] + j + ahead, 0, 2);
+          products[n] = fma(read(row[n] + j), weights, products[n]);
+        }
+      }
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n)
+        store(sums[n] + j, gradient_before.value ? fma(read(before[n] + j), factor[n], load(sums[n] + j)) : zero<T>());
+    };
+    size_t j = 0;
+    for (; j + w <= in_features; j += w) visit(j, load<T>);
+    if (j < in_features) visit(j, [&](const T* p) { return load_partial(p, in_features - j); });
+    if (!dot.value) return;
+    for (int n = 0; n < N; ++n) {
+      T& residual = block[n].factor[l];
+      residual = sum_lanes<T>(products[n]) + bias - residual;
+      factor[n] = broadcast(SquaredError::gradient(residual));
+    }
+  };
+  const size_t rows = block[0].present;
+  turn(0, Constant<true>{}, Constant<false>{});
+  for (size_t l = 1; l < rows; ++l) turn(l, Constant<true>{}, Constant<true>{});
+  turn(rows, Constant<false>{}, Constant<true>{});
+  for (int n = 0; n < N; ++n)
+    for (size_t j = 0; j < in_features; j += w) {
+      const size_t count = in_features - j;
+      const Vector<T> sum = load(sums[n] + j);
+      store_up_to(gradient[n] + j, accumulate ? load_up_to(gradient[n] + j, count) + sum : sum, count);
+    }
+}
+
+// Asks for the rows of a block from `first` on: those for which the block before it has none to do so along with.
+template <class T>
+inline void fetch_rows(const Block<T>& block, size_t first, size_t in_features) {
+  for (size_t l = first; l < block.present; ++l) {
+    for (size_t j = 0; j < in_features; j += lanes<T>) __builtin_prefetch(block.row[l] + j, 0, 2);
+    __builtin_prefetch(block.row[l] + in_features - 1, 0, 2);
+  }
+}
+
+template <class T>
+inline size_t vectors_of(const LinearStep<T>& s) {
+  return (s.in_features + lanes<T> - 1) / lanes<T>;
+}
+
+// Rows from memory, one behind the other: to read them once and just so keeps more lines on their way, by the processor's prefetching,
+// than it takes requests for single ones (25 to 28 GB/s for a core of AMD's Zen 4, before 20). Shuffled rows are better asked for a block
+// at a time.
+template <class T>
+inline bool in_order_from_memory(const LinearStep<T>& s) {
+  return s.prefetch && !s.index && s.in_features > 0 && s.in_features * sizeof(T) <= most_turn_bytes;
+}
+
+// That prefetching ends with each page: lines of later ones are asked for, 16 KiB ahead and more (4 KiB ahead gives 18 GB/s, 2 KiB 15).
+// Rows in registers gain nothing by it on Zen 4, and 6 % (100 features, two threads) to 40 % (8 features) on Zen 3; from L3 there up to
+// 8 % are lost.
+template <class T>
+inline size_t elements_ahead(const LinearStep<T>& s) {
+  return (2 * most_turn_bytes / (s.in_features * sizeof(T)) + 1) * s.x_stride;
+}
+
+// Visits in turns from row `first` on, of N steps with the same weights at once, while all have equally many rows left for a block. Adds to
+// their losses; returns the first row that is left.
+template <int N, class T>
+size_t visit_in_turns(const LinearStep<T>* const (&s)[N], size_t first, double (&loss)[N]) {
+  const size_t in = s[0]->in_features, block_rows = Block<T>::rows_for(in), ahead = elements_ahead(*s[0]);
+  Block<T> block[N];
+  for (;; first += block_rows) {
+    size_t count[N];
+    for (int n = 0; n < N; ++n) {
+      const size_t left = first < s[n]->rows ? s[n]->rows - first : 0;
+      count[n] = left < block_rows ? left : block_rows;
+      if (count[n] == 0 || count[n] != count[0]) return first;
+    }
+    for (int n = 0; n < N; ++n) block[n].gather(s[n]->x, s[n]->x_stride, nullptr, first, count[n]);
+    const bool accumulate = first != 0;
+    for (size_t o = 0; o < s[0]->out_features; ++o) {
+      T* gradient[N];
+      for (int n = 0; n < N; ++n) {
+        block_targets(*s[n], first, o, block[n]);
+        gradient[n] = s[n]->weight_gradient + o * in;
+      }
+      blocks_in_turns(block, in, o == 0 ? ahead : 0, s[0]->weight + o * in, s[0]->bias ? s[0]->bias[o] : T(0), accumulate, gradient);
+      for (int n = 0; n < N; ++n) {
+        T* const bias_gradient = s[n]->bias_gradient ? s[n]->bias_gradient + o : nullptr;
+        loss[n] += block_factors(block[n], [&](size_t l) { return load(block[n].factor + l); }, accumulate, bias_gradient);
+      }
+    }
+  }
+}
+
+// One pass: residual r = x weight^T + bias - target, gradient 2 r^T x; returns the sum of r^2.
+template <class T>
+double linear_step(const LinearStep<T>& s) {
+  const size_t in = s.in_features;
+  const size_t block_rows = Block<T>::rows_for(in);
+  const auto count_from = [&](size_t first, size_t end) { return end - first < block_rows ? end - first : block_rows; };
+  // In the cache one visit gains where the sums find room in the registers too, and a sum over lanes has enough products, or those of a
+  // group are made together.
+  const size_t vectors = vectors_of(s);
+  const bool in_order = in_order_from_memory(s);
+  const bool gains = vectors == 1 || (vectors >= 4 && 2 * vectors <= vector_registers);
+  const bool in_registers = in_order ? vectors <= most_row_vectors : !s.prefetch && gains;
+  double loss = 0;
+  if (in_order && !in_registers) {
+    double sum[1] = {0};
+    visit_in_turns({&s}, 0, sum);
+    return sum[0];
+  }
+  const size_t ahead_in_order = in_order ? elements_ahead(s) : 0;
+  Block<T> blocks[2];
+  Block<T>*block = &blocks[0], *next = &blocks[1];
+  block->gather(s.x, s.x_stride, s.index, 0, count_from(0, s.rows));
+  for (size_t first = 0; first < s.rows; first += block_rows) {
+    const bool last = first + block->present == s.rows;
+    const size_t following = last ? s.next : first + block->present, end = last ? s.next + s.rows_ahead : s.rows;
+    const bool ahead = s.prefetch && in > 0 && !in_order && following < end;
+    if (ahead || !last) next->gather(s.x, s.x_stride, s.index, following, count_from(following, end), block->padded);
+    if (ahead) fetch_rows(*next, block->padded, in);
+    if (ahead && s.index && s.target)  // the targets lie as scattered (without, 10 % slower)
+      for (size_t l = 0; l < next->present; ++l) __builtin_prefetch(s.target + s.index[following + l] * s.out_features, 0, 2);
+    for (size_t o = 0; o < s.out_features; ++o) {
+      const T* const weight = s.weight + o * in;
+      const T bias = s.bias ? s.bias[o] : T(0);
+      T* const gradient = s.weight_gradient + o * in;
+      block_targets(s, first, o, *block);
+      const bool accumulate = first != 0;
+      T* const bias_gradient = s.bias_gradient ? s.bias_gradient + o : nullptr;
+      if (in_registers) {
+        if (in_order && o == 0)
+          block_in_registers_of<(int)most_row_vectors, true>(vectors, *block, in, ahead_in_order, weight, bias, accumulate, gradient);
+        else
+          block_in_registers_of<(int)most_row_vectors, false>(vectors, *block, in, 0, weight, bias, accumulate, gradient);
+        loss += block_factors(*block, [&](size_t l) { return load(block->factor + l); }, accumulate, bias_gradient);
+        continue;
+      }
+      const auto residual_of = [&](size_t l) __attribute__((always_inline)) {
+        return group_dot(block->row + l, in, weight) + broadcast(bias) - load(block->factor + l);
+      };
+      loss += block_factors(*block, residual_of, accumulate, bias_gradient);
+      if (ahead && o == 0)
+        block_gradient<true>(*block, *next, in, accumulate, gradient);
+      else
+        block_gradient<false>(*block, *block, in, accumulate, gradient);
+    }
+    Block<T>* const done = block;
+    block = next;
+    next = done;
+  }
+  return loss;
+}
+
+// Two steps on the same weights, whose rows lie apart. From memory in order their rows take turns: a core of Zen 3 reads two streams at 20
+// GB/s and one at 15, and the chains of additions of two rows overlap, 1.2 to 1.5 times as fast in all. Not with vectors of a line each,
+// with which one stream comes near the bandwidth of a core (Zen 4; two were not measured).
+template <class T>
+void linear_steps(const LinearStep<T>* s, double* losses) {
+  double loss[2] = {0, 0};
+  if (lane_bytes < 64 && in_order_from_memory(s[0]) && chains_for<T>(vectors_of(s[0])) == 1) {
+    const size_t first = visit_in_turns({&s[0], &s[1]}, 0, loss);
+    for (int n = 0; n < 2; ++n) {
+      double sum[1] = {loss[n]};
+      visit_in_turns({&s[n]}, first, sum);
+      losses[n] = sum[0];
+    }
+  } else {
+    for (int n = 0; n < 2; ++n) losses[n] = linear_step(s[n]);
+  }
+}
+
+}  // namespace
+}  // namespace gdlib
