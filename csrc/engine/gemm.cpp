@@ -160,7 +160,7 @@ class Multiplication {
   // Few rows, to which each element of B is of little use: it is not copied first.
   bool few_rows() const {
     const bool transposed = p_.b.row_stride == 1 && p_.b.col_stride != 1;
-    return p_.rows <= most_transposed_rows && transposed && p_.a.col_stride == 1 && !p_.packed && !p_.updated;
+    return p_.rows <= most_transposed_rows && transposed && !p_.packed && !p_.updated;
   }
 
   void run_few_rows(std::size_t col, std::size_t end) const {
@@ -168,6 +168,7 @@ class Multiplication {
     t.depth = p_.depth;
     t.a = p_.a.data;
     t.a_row_stride = p_.a.row_stride;
+    t.a_depth_stride = p_.a.col_stride;
     t.b = p_.b.at(0, col);
     t.b_stride = p_.b.col_stride;
     t.c = p_.c + col;

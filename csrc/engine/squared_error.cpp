@@ -62,12 +62,14 @@ double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, con
     const std::size_t begin = task * task_rows, rows = std::min(task_rows, batch.rows - begin);
     return step_of(begin, rows, one_each ? batch.rows : rows, scratch.partials.data() + task * n);
   };
-  // Two tasks at a time where each thread has as many: their rows may take turns.
-  const std::size_t together = tasks >= 2 * static_cast<std::size_t>(threads) ? 2 : 1;
+  // Two tasks at a time, where that gains more than threads which end one task later than the others can lose.
+  const auto rounds = [&](std::size_t parts) { return ceil_divide(parts, static_cast<std::size_t>(threads)); };
+  const bool in_pairs = 8 * rounds(tasks) >= 7 * 2 * rounds(ceil_divide(tasks, 2)) && kernel.gain_together(task_step(0));
+  const std::size_t together = in_pairs ? 2 : 1;
   parallel_for(ceil_divide(tasks, together), threads, [&](std::size_t part, std::size_t) {
     if (ask && interrupt.check()) return;
     const std::size_t task = part * together;
-    if (together == 2 && task + 1 < tasks) {
+    if (in_pairs && task + 1 < tasks) {
       const LinearStep<T> steps[2] = {task_step(task), task_step(task + 1)};
       kernel.linear_steps(steps, scratch.losses.data() + task);
     } else {

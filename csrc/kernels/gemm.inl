@@ -103,23 +103,23 @@ inline void transpose(V (&v)[N]) {
 }
 
 // v[i] = step i of `count` steps of a vector's columns, each a sequence of elements, of which `present` exist. All: as many steps and
-// columns as a vector has lanes.
-template <bool All, class T>
+// columns as a vector has lanes. Fetch: asks for what lies further on.
+template <bool All, bool Fetch, class T>
 inline void read_transposed(const T* source, size_t stride, size_t present, size_t count, Vector<T> (&v)[lanes<T>]) {
   constexpr int n = (int)lanes<T>;
 #pragma GCC unroll 16
   for (int i = 0; i < n; ++i) {
     const T* const from = source + i * stride;
     v[i] = !All && (size_t)i >= present ? zero<T>() : All ? load(from) : load_first(from, count);
-    // Sequences whose starts are a power of two apart are too many for the prefetchers: 20 % of a matrix read once from memory. Vectors
-    // of half a line gain nothing by requests, and lose up to a third in the cache.
-    if (All && lane_bytes == 64) __builtin_prefetch(from + 8 * n, 0, 2);
+    // Sequences whose starts are a power of two apart are too many for the prefetchers: 20 % of a matrix read once from memory.
+    if (Fetch) __builtin_prefetch(from + 8 * n, 0, 2);
   }
   transpose<1>(v);
 }
 
-// For gemm_transposed: Together vectors of columns from k on, which take turns; a single one may be there in part.
-template <class T, int Rows, int Together>
+// For gemm_transposed: Together vectors of columns from k on, which take turns; a single one may be there in part. Neighbours: the elements
+// of a row of a are.
+template <class T, int Rows, int Together, bool Neighbours>
 inline void transposed_columns(const GemmTile<T>& t, size_t k) {
   constexpr size_t w = lanes<T>;
   const size_t present = Together > 1 || k + w <= t.columns ? w : t.columns - k;
@@ -130,12 +130,15 @@ inline void transposed_columns(const GemmTile<T>& t, size_t k) {
 #pragma GCC unroll 1
     for (int c = 0; c < Together; ++c) {
       Vector<T> column[w];
-      read_transposed<all.value>(t.b + (k + c * w) * t.b_stride + d, t.b_stride, present, count, column);
+      read_transposed<all.value, all.value && Together == 1>(t.b + (k + c * w) * t.b_stride + d, t.b_stride, present, count, column);
 #pragma GCC unroll 16
       for (size_t i = 0; i < w; ++i)
         if (all.value || i < count)
 #pragma GCC unroll 4
-          for (int r = 0; r < Rows; ++r) sum[c][r] = fma(broadcast(t.a[r * t.a_row_stride + d + i]), column[i], sum[c][r]);
+          for (int r = 0; r < Rows; ++r) {
+            const T factor = t.a[r * t.a_row_stride + (d + i) * (Neighbours ? 1 : t.a_depth_stride)];
+            sum[c][r] = fma(broadcast(factor), column[i], sum[c][r]);
+          }
     }
   };
   size_t d = 0;
@@ -147,18 +150,20 @@ inline void transposed_columns(const GemmTile<T>& t, size_t k) {
 }
 
 // c[Rows, columns] = start + a b for few rows and a b whose columns are sequences of `depth` elements, b_stride apart: each vector of
-// columns is transposed in registers, and used once. The elements of a row of a are neighbours. The chains of gemm_tile.
+// columns is transposed in registers, and used once. The chains of gemm_tile.
 template <class T, int Rows>
 void gemm_transposed(const GemmTile<T>& t) {
   constexpr size_t w = lanes<T>, ways = 8, way_bytes = 4096;  // of the smallest L1 in use
   // Two vectors take turns where one alone waits for its chain of additions most of the time: 1.2 to 1.9 times as fast, but for sequences
-  // that fall on one set of L1, and are more than it has ways. To transpose whole lines takes as long as to add them.
+  // that fall on one set of L1, and are more than it has ways. Requests would cost them up to a third in the cache, and gain nothing (Zen 3).
+  // To transpose whole lines takes as long as to add them.
   constexpr int together = Rows <= 2 && lane_bytes < 64 ? 2 : 1;
-  const bool one_set = together * w > ways && t.b_stride * sizeof(T) % way_bytes == 0;
+  const bool neighbours = t.a_depth_stride == 1, one_set = together * w > ways && t.b_stride * sizeof(T) % way_bytes == 0;
   size_t k = 0;
-  if (together > 1 && !one_set)
-    for (; k + together * w <= t.columns; k += together * w) transposed_columns<T, Rows, together>(t, k);
-  for (; k < t.columns; k += w) transposed_columns<T, Rows, 1>(t, k);
+  if (together > 1 && neighbours && !one_set)
+    for (; k + together * w <= t.columns; k += together * w) transposed_columns<T, Rows, together, true>(t, k);
+  for (; k < t.columns; k += w)
+    neighbours ? transposed_columns<T, Rows, 1, true>(t, k) : transposed_columns<T, Rows, 1, false>(t, k);
 }
 
 // A vector's columns of a panel from as many sequences of `depth` elements, of which `present` exist: N steps at a time, of which the last
@@ -168,7 +173,7 @@ inline void pack_transposed(size_t depth, size_t present, const T* source, size_
   constexpr int n = (int)lanes<T>;
   const auto steps = [&](size_t d, size_t count, auto all) __attribute__((always_inline)) {
     Vector<T> v[n];
-    read_transposed<all.value>(source + d, stride, present, count, v);
+    read_transposed<all.value, all.value>(source + d, stride, present, count, v);
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i)
       if (all.value || (size_t)i < count) store(panel + (d + i) * panel_width, v[i]);

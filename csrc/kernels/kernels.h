@@ -121,8 +121,7 @@ struct KernelTable {
   size_t lanes;  // elements of a vector
   void (*gemm_tile[most_tile_rows][most_tile_vectors])(const GemmTile<T>& tile);
 
-  // The same for few rows, r of them by gemm_transposed[r - 1], the elements of each neighbours, and any columns of b, each a sequence of
-  // `depth` elements, b_stride apart.
+  // The same for few rows, r of them by gemm_transposed[r - 1], and any columns of b, each a sequence of `depth` elements, b_stride apart.
   void (*gemm_transposed[most_transposed_rows])(const GemmTile<T>& tile);
 
   // panel[depth][panel_width] = the elements (d, k) of a source with the given strides, one of which is 1, for k < width, and zeros from
@@ -148,7 +147,9 @@ struct KernelTable {
   // One pass over the rows: residual r = x weight^T + bias - target; gradient of sum r^2, that is 2 r^T x and 2 sum r; returns sum r^2.
   double (*linear_step)(const LinearStep<T>& step);
 
-  // Two such passes with the same weights, x_stride, index and flags, over other rows; losses[2] are theirs, bit by bit as one by one.
+  // Two such passes at once, which differ in x, target, rows and gradients alone; losses[2] are theirs. Bit by bit as one after the other,
+  // and faster where gain_together says so; elsewhere not to be called.
+  bool (*gain_together)(const LinearStep<T>& step);
   void (*linear_steps)(const LinearStep<T>* steps, double* losses);
 
   // The steps of a run, for up to run_features features; returns how many were made: it stops before one whose loss is not finite.

@@ -1,5 +1,5 @@
-// A linear layer with few outputs: its gradients. Rows are visited in blocks that stay in the L1 cache, and read where they lie. Accumulates
-// in T.
+// A linear layer with few outputs: its gradients. Rows are visited in blocks that stay in the L1 cache, and read where they lie.
+// Accumulates in T.
 
 namespace gdlib {
 namespace {

@@ -9,6 +9,7 @@ namespace gdlib {
 namespace {
 
 // Rows up to so many bytes are read in turns: two of them, the weights and the sums of the gradient fill the smallest L1 in use, 32 KiB.
+// (Two steps at once gain at this size too.)
 constexpr size_t most_turn_bytes = 8 << 10;
 
 // Rows up to so many vectors are held in the registers (where there are 16, the compiler reads some again from L1).
@@ -177,7 +178,7 @@ inline void blocks_in_turns(Block<T> (&block)[N], size_t in_features, size_t ahe
     for (size_t j = 0; j < in_features; j += w) {
       const size_t count = in_features - j;
       const Vector<T> sum = load(sums[n] + j);
-      store_up_to(gradient[n] + j, accumulate ? load_up_to(gradient[n] + j, count) + sum : sum, count);
+      store_up_to(gradient[n] + j, accumulate ? sum + load_up_to(gradient[n] + j, count) : sum, count);
     }
 }
 
@@ -253,16 +254,16 @@ double linear_step(const LinearStep<T>& s) {
   const bool in_order = in_order_from_memory(s);
   const bool gains = vectors == 1 || (vectors >= 4 && 2 * vectors <= vector_registers);
   const bool in_registers = in_order ? vectors <= most_row_vectors : !s.prefetch && gains;
-  double loss = 0;
   if (in_order && !in_registers) {
-    double sum[1] = {0};
-    visit_in_turns({&s}, 0, sum);
-    return sum[0];
+    double loss[1] = {0};
+    visit_in_turns({&s}, 0, loss);
+    return loss[0];
   }
   const size_t ahead_in_order = in_order ? elements_ahead(s) : 0;
   Block<T> blocks[2];
   Block<T>*block = &blocks[0], *next = &blocks[1];
   block->gather(s.x, s.x_stride, s.index, 0, count_from(0, s.rows));
+  double loss = 0;
   for (size_t first = 0; first < s.rows; first += block_rows) {
     const bool last = first + block->present == s.rows;
     const size_t following = last ? s.next : first + block->present, end = last ? s.next + s.rows_ahead : s.rows;
@@ -302,21 +303,24 @@ double linear_step(const LinearStep<T>& s) {
   return loss;
 }
 
-// Two steps on the same weights, whose rows lie apart. From memory in order their rows take turns: a core of Zen 3 reads two streams at 20
-// GB/s and one at 15, and the chains of additions of two rows overlap, 1.2 to 1.5 times as fast in all. Not with vectors of a line each,
-// with which one stream comes near the bandwidth of a core (Zen 4; two were not measured).
+// Whether two steps whose rows lie apart gain by taking turns row by row. From memory in order a core of Zen 3 reads two streams at 20 GB/s
+// and one at 15, and the chains of additions of two rows overlap: 1.1 to 1.3 times as fast. From L3, rows of 4 or 5 vectors lose up to a
+// fourth, as more than 3 outputs do, to which blocks of two steps are too much for L1. With vectors of a line each one stream comes near
+// the bandwidth of a core (Zen 4; two were not measured there).
+template <class T>
+bool gain_together(const LinearStep<T>& s) {
+  constexpr size_t least_vectors = 8, most_outputs = 3;
+  return lane_bytes < 64 && in_order_from_memory(s) && vectors_of(s) >= least_vectors && s.out_features <= most_outputs;
+}
+
 template <class T>
 void linear_steps(const LinearStep<T>* s, double* losses) {
   double loss[2] = {0, 0};
-  if (lane_bytes < 64 && in_order_from_memory(s[0]) && chains_for<T>(vectors_of(s[0])) == 1) {
-    const size_t first = visit_in_turns({&s[0], &s[1]}, 0, loss);
-    for (int n = 0; n < 2; ++n) {
-      double sum[1] = {loss[n]};
-      visit_in_turns({&s[n]}, first, sum);
-      losses[n] = sum[0];
-    }
-  } else {
-    for (int n = 0; n < 2; ++n) losses[n] = linear_step(s[n]);
+  const size_t first = visit_in_turns({&s[0], &s[1]}, 0, loss);
+  for (int n = 0; n < 2; ++n) {
+    double sum[1] = {loss[n]};
+    visit_in_turns({&s[n]}, first, sum);
+    losses[n] = sum[0];
   }
 }
 

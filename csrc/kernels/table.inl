@@ -34,6 +34,7 @@ constexpr KernelTable<T> make_table() {
   table.linear_input_gradient = linear_input_gradient<T>;
   table.column_sums = column_sums<T>;
   table.linear_step = linear_step<T>;
+  table.gain_together = gain_together<T>;
   table.linear_steps = linear_steps<T>;
   table.run_features = most_run_vectors * lanes<T> - 2;
   table.linear_run = linear_run<T>;
