@@ -93,7 +93,7 @@ double squared_error(const Array& x, const Array& target, const Array& parameter
     if (rows.rows == 0 || y.size % rows.rows) throw py::value_error("x and y do not fit together.");
     const Network network = as_network(layers, rows.cols, y.size / rows.rows, p.size);
     NetworkScratch<T> scratch(network, rows.rows, false, Need::outputs);
-    const Batch<T> batch{rows.data, rows.stride, y.data, nullptr, rows.rows, 0, true};
+    const Batch<T> batch{rows.data, rows.stride, y.data, nullptr, rows.rows, 0, true, false};
     return interruptible([&](Interrupt& interrupt) {
       return network_squared_error(network, batch, p.data, scratch, interrupt);
     });

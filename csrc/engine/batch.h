@@ -18,7 +18,8 @@ struct Batch {
   const std::uint32_t* index;
   std::size_t rows;
   std::size_t rows_ahead;  // further rows behind these
-  bool prefetch;           // the data set is larger than the caches
+  bool prefetch;           // the data set is larger than a core's caches
+  bool from_memory;        // and than the one that cores share
 
   bool scattered() const { return index && prefetch; }  // over memory
 };

@@ -82,7 +82,7 @@ bool network_forward(const Network& network, std::size_t rows, const T* x, std::
                      NetworkScratch<T>& scratch, Interrupt& interrupt, const std::vector<PackedMatrix<T>>* packed) {
   if (rows == 0) return true;
   const std::size_t out = network.out_features();
-  const Batch<T> batch{x, x_stride, y, nullptr, rows, 0, false};  // its targets are not read
+  const Batch<T> batch{x, x_stride, y, nullptr, rows, 0, false, false};  // its targets are not read
   Pass<T> pass(network, parameters, scratch, &interrupt, packed);
   for (std::size_t begin = 0; begin < rows; begin += scratch.rows) {
     const std::size_t count = std::min(scratch.rows, rows - begin);

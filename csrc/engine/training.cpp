@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "../dispatch/dispatch.h"
+#include "caches.h"
 #include "random.h"
 #include "tasks.h"
 
@@ -16,10 +17,9 @@ namespace {
 template <class T>
 class RowSource {
  public:
-  explicit RowSource(const Round<T>& round)
-      : round_(round), prefetch_(round.rows * round.network.in_features() * sizeof(T) > half_of_l2) {}
+  explicit RowSource(const Round<T>& round) : round_(round), bytes_(round.rows * round.network.in_features() * sizeof(T)) {}
 
-  bool scattered() const { return prefetch_ && round_.epoch_seeds; }  // over memory
+  bool scattered() const { return prefetch() && round_.epoch_seeds; }  // over memory
 
   void begin_epoch(std::uint64_t epoch, Interrupt& interrupt) {
     if (!round_.epoch_seeds) return;
@@ -33,7 +33,8 @@ class RowSource {
   Batch<T> batches(std::uint64_t number, std::uint64_t count) const {
     const std::size_t begin = number * round_.batch_size;
     const std::size_t rows = std::min<std::size_t>(count * round_.batch_size, round_.rows - begin);
-    Batch<T> batch{round_.x, round_.x_stride, round_.target, nullptr, rows, round_.rows - begin - rows, prefetch_};
+    const std::size_t behind = round_.rows - begin - rows;
+    Batch<T> batch{round_.x, round_.x_stride, round_.target, nullptr, rows, behind, prefetch(), bytes_ > l3_bytes()};
     if (round_.epoch_seeds) {
       batch.index = order_.data() + begin;
     } else {
@@ -46,8 +47,10 @@ class RowSource {
  private:
   static constexpr std::size_t half_of_l2 = 512 << 10;  // of the smallest L2 in use, 1 MiB: to fetch ahead within it only costs
 
+  bool prefetch() const { return bytes_ > half_of_l2; }
+
   const Round<T>& round_;
-  bool prefetch_;
+  std::size_t bytes_;  // of x
   std::optional<std::uint64_t> seed_;
   AlignedVector<std::uint32_t> order_;
 };

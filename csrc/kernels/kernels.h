@@ -45,7 +45,8 @@ struct LinearStep {
   size_t rows;
   size_t next;            // of the rows that may be read after these, the first, numbered like them: `rows` or a later one
   size_t rows_ahead;      // how many these are
-  bool prefetch;          // x is larger than the caches: see to it that the next rows are fetched while these are in work
+  bool prefetch;          // x is larger than a core's caches: see to it that the next rows are fetched while these are in work
+  bool from_memory;       // and than the one that cores share
   size_t in_features;
   size_t out_features;
   const T* weight;        // [out_features, in_features]

@@ -200,7 +200,7 @@ inline size_t vectors_of(const LinearStep<T>& s) {
 // than it takes requests for single ones (25 to 28 GB/s for a core of AMD's Zen 4, before 20). Shuffled rows are better asked for a block
 // at a time.
 template <class T>
-inline bool in_order_from_memory(const LinearStep<T>& s) {
+inline bool reads_in_order(const LinearStep<T>& s) {
   return s.prefetch && !s.index && s.in_features > 0 && s.in_features * sizeof(T) <= most_turn_bytes;
 }
 
@@ -251,7 +251,7 @@ double linear_step(const LinearStep<T>& s) {
   // In the cache one visit gains where the sums find room in the registers too, and a sum over lanes has enough products, or those of a
   // group are made together.
   const size_t vectors = vectors_of(s);
-  const bool in_order = in_order_from_memory(s);
+  const bool in_order = reads_in_order(s);
   const bool gains = vectors == 1 || (vectors >= 4 && 2 * vectors <= vector_registers);
   const bool in_registers = in_order ? vectors <= most_row_vectors : !s.prefetch && gains;
   if (in_order && !in_registers) {
@@ -304,13 +304,15 @@ double linear_step(const LinearStep<T>& s) {
 }
 
 // Whether two steps whose rows lie apart gain by taking turns row by row. From memory in order a core of Zen 3 reads two streams at 20 GB/s
-// and one at 15, and the chains of additions of two rows overlap: 1.1 to 1.3 times as fast. From L3, rows of 4 or 5 vectors lose up to a
-// fourth, as more than 3 outputs do, to which blocks of two steps are too much for L1. With vectors of a line each one stream comes near
-// the bandwidth of a core (Zen 4; two were not measured there).
+// and one at 15, and the chains of additions of two rows overlap: 1.1 to 1.3 times as fast. From L3, rows that the registers hold lose up to
+// 28 %; more than 3 outputs do from anywhere, as blocks of two steps are too much for L1. With vectors of a line each one stream comes
+// near the bandwidth of a core (Zen 4; two were not measured there).
 template <class T>
 bool gain_together(const LinearStep<T>& s) {
   constexpr size_t least_vectors = 8, most_outputs = 3;
-  return lane_bytes < 64 && in_order_from_memory(s) && vectors_of(s) >= least_vectors && s.out_features <= most_outputs;
+  const size_t vectors = vectors_of(s);
+  const bool gains = vectors > most_row_vectors || (vectors >= least_vectors && s.from_memory);
+  return lane_bytes < 64 && reads_in_order(s) && s.out_features <= most_outputs && gains;
 }
 
 template <class T>

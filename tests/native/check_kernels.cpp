@@ -65,7 +65,7 @@ void check_step(std::size_t rows, std::size_t in, std::size_t out) {
   gdlib::Interrupt interrupt(nullptr);
   gdlib::shuffle_order(9, static_cast<std::uint32_t>(rows), order, interrupt);
   gdlib::LinearScratch<T> scratch;
-  const gdlib::Batch<T> batch{x.data(), in, y.data(), order.data(), rows, 0, true};
+  const gdlib::Batch<T> batch{x.data(), in, y.data(), order.data(), rows, 0, true, false};
   const double loss = gdlib::linear_squared_error_gradient(shape, batch, p.data(), gradient.data(), scratch, interrupt);
   std::vector<double> wanted(shape.parameters()), size(shape.parameters());
   double wanted_loss = 0, loss_size = 0;
@@ -98,9 +98,9 @@ void check_step(std::size_t rows, std::size_t in, std::size_t out) {
   }
   good = true;
   for (const bool indexed : {false, true})
-    for (const bool from_memory : {false, true}) {
+    for (const int past_caches : {0, 1, 2}) {  // none, those of a core, all
       const gdlib::Batch<T> same{indexed ? x.data() : x_there.data(),   in,   indexed ? y.data() : y_there.data(),
-                                 indexed ? order.data() : nullptr, rows, 0, from_memory};
+                                 indexed ? order.data() : nullptr, rows, 0, past_caches > 0, past_caches > 1};
       std::vector<T> other(shape.parameters());
       good = good && gdlib::linear_squared_error_gradient(shape, same, p.data(), other.data(), scratch, interrupt) == loss;
       good = good && std::equal(other.begin(), other.end(), gradient.begin());

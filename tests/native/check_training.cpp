@@ -32,12 +32,12 @@ void check_network(std::size_t rows, std::size_t in, std::size_t out) {
   gdlib::Interrupt interrupt(nullptr);
   gdlib::shuffle_order(9, static_cast<std::uint32_t>(rows), order, interrupt);
   gdlib::NetworkScratch<T> scratch(network, rows, true, gdlib::Need::gradient);
-  const gdlib::Batch<T> batch{x.data(), in, y.data(), order.data(), rows, 0, false};
+  const gdlib::Batch<T> batch{x.data(), in, y.data(), order.data(), rows, 0, false, false};
   std::vector<T> gradient(n);
   const double loss = gdlib::network_squared_error_gradient(network, batch, p.data(), gradient.data(), scratch, interrupt);
 
   gdlib::NetworkScratch<double> plain_scratch(network, rows, false, gdlib::Need::outputs);
-  const gdlib::Batch<double> plain{x_double.data(), in, y_double.data(), nullptr, rows, 0, false};
+  const gdlib::Batch<double> plain{x_double.data(), in, y_double.data(), nullptr, rows, 0, false, false};
   const auto error = [&](const std::vector<double>& at) {
     return gdlib::network_squared_error(network, plain, at.data(), plain_scratch, interrupt);
   };
@@ -134,7 +134,7 @@ void check_steps_without_update(std::size_t rows) {
     gdlib::Interrupt interrupt(nullptr);
     std::atomic<int> visited{0};
     const auto visit = [&](const gdlib::Segment<T>&) { ++visited; };
-    const gdlib::Batch<T> batch{x.data(), in, y.data(), nullptr, rows, 0, false};
+    const gdlib::Batch<T> batch{x.data(), in, y.data(), nullptr, rows, 0, false, false};
     const double loss = gdlib::network_squared_error_gradient(network, batch, p.data(), gradient.data(), scratch, interrupt,
                                                               gdlib::SegmentVisitor<T>(visit));
     expect(!std::isfinite(loss) && visited == 0, "loss that is not finite, rows " + std::to_string(rows));
