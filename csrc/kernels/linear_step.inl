@@ -1,15 +1,15 @@
 // The fused training step of a linear layer with few outputs.
 //
 // Rows that the registers can hold are read once: dot product and gradient, then the next row; longer ones in order from memory too, the
-// dot product of one together with the gradient of the one before. The others are visited twice: dot products of a block first, one
-// accumulator vector for each row, then its gradient, some features at a time. All ways make the same additions. Accumulates in T; sums of
-// losses are returned in double.
+// dot product of one together with the gradient of the one before, or rows of two steps in turns so. The others are visited twice: dot
+// products of a block first, one accumulator vector for each row, then its gradient, some features at a time. All ways make the same
+// additions. Accumulates in T; sums of losses are returned in double.
 
 namespace gdlib {
 namespace {
 
 // Rows up to so many bytes are read in turns: two of them, the weights and the sums of the gradient fill the smallest L1 in use, 32 KiB.
-// (Two steps at once gain at this size too.)
+// (Of two steps at once part of that lies in L2, and they gain all the same.)
 constexpr size_t most_turn_bytes = 8 << 10;
 
 // Rows up to so many vectors are held in the registers (where there are 16, the compiler reads some again from L1).
@@ -304,8 +304,8 @@ double linear_step(const LinearStep<T>& s) {
 }
 
 // Whether two steps whose rows lie apart gain by taking turns row by row. From memory in order a core of Zen 3 reads two streams at 20 GB/s
-// and one at 15, and the chains of additions of two rows overlap: 1.1 to 1.3 times as fast. From L3, rows that the registers hold lose up to
-// 28 %; more than 3 outputs do from anywhere, as blocks of two steps are too much for L1. With vectors of a line each one stream comes
+// and one at 15, and the chains of additions of two rows overlap: 1.1 to 1.3 times as fast. From L3, rows that the registers hold lose up
+// to 28 %; more than 3 outputs do from anywhere, as blocks of two steps are too much for L1. With vectors of a line each one stream comes
 // near the bandwidth of a core (Zen 4; two were not measured there).
 template <class T>
 bool gain_together(const LinearStep<T>& s) {
