@@ -97,16 +97,16 @@ calls and the straight lines of costs meet too.
   scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents. On a Zen 3 (AVX2, 12 to 14 GB/s and 95
   GFLOP/s for one core, whose neighbours slow it most of the time) one report gave 2,836x PyTorch, 10.0x scikit-learn and 5.42x JAX in the
   reference program (1,606, 6.55 and 3.53 in a report from before orders were made by vectors of AVX2, tiles took two steps of depth at a
-  time and rows in registers asked for lines ahead), 10.5x scikit-learn in SGD epochs in order (7.6), 1.20x in products (1.13),
-  of which one row through 4096 x 4096 was the least with 0.895x, 1.44x in networks (1.45; the least 1.18, before 1.06), 68 % of the read
-  bandwidth (64) and 1.84x NumPy (1.78) in descents. Since that report: its core reads one sequence at 15 GB/s, two at 19 and four at 21,
-  two cores 22 to 25 in all; tasks in turns make descents from memory 1.1 to 1.3 times as fast (1,000 features 2.05x NumPy and 3.1x
-  PyTorch; 100 in float64 3.2x and 4.9x). One row by two vectors in turns reaches 0.87 to 0.98 of NumPy in 1499 -> 419, in float64 too
-  (before 0.63 to 0.76); 4096 x 4096 gives 0.94 to 1.04, and 1024 x 1024, whose rows fall on one set of L1, 0.66 to 0.79 in float32.
-  Tried there without gain: tiles of 6 x 2 vectors for 4 x
-  3, rows of A or panels of B asked for ahead, blocks of depth of 1 and 2 KiB (up to 18 % slower), L2 filled by half; two or four
-  neighbouring rows in turns (0.6 to 1.2), four tasks, turns that go on from block to block (5 % slower); one row by columns copied into L1
-  first (0.5 to 0.9), or by two vectors 0.25 to 2 KiB apart in rows that are a multiple of 4 KiB (0.75 to 1.35, 0.8 from memory).
+  time and rows in registers asked for lines ahead), 10.5x scikit-learn in SGD epochs in order (7.6), 1.20x in products (1.13), of which
+  one row through 4096 x 4096 was the least with 0.895x, 1.44x in networks (1.45; the least 1.18, before 1.06), 68 % of the read bandwidth
+  (64) and 1.84x NumPy (1.78) in descents. Since that report: its core reads one sequence at 15 GB/s, two at 19 and four at 21, two cores
+  22 to 25 in all; tasks in turns make descents from memory 1.1 to 1.3 times as fast (1,000 features 2.05x NumPy and 3.1x PyTorch; 100 in
+  float64 3.2x and 4.9x). One row by two vectors in turns reaches 0.87 to 0.98 of NumPy in 1499 -> 419, in float64 too (before 0.63 to
+  0.76); 4096 x 4096 gives 0.94 to 1.04, and 1024 x 1024, whose rows fall on one set of L1, 0.66 to 0.79 in float32. Tried there without
+  gain: tiles of 6 x 2 vectors for 4 x 3, rows of A or panels of B asked for ahead, blocks of depth of 1 and 2 KiB (up to 18 % slower), L2
+  filled by half; two or four neighbouring rows in turns (0.6 to 1.2), four tasks in turns in a loop alone, turns that go on from block to
+  block (5 % slower); one row by columns copied into L1 first (0.5 to 0.9), or by two vectors 0.25 to 2 KiB apart in rows that are a
+  multiple of 4 KiB (0.75 to 1.35, 0.8 from memory).
 """
 SCALING_NOTE = """The exponent is the slope of the straight line through the logarithms of cost and size: 1 is proportional, -1 for threads.
 Few threads give few points, which a line meets exactly: no R^2. Sizes begin where the work is more than the call.

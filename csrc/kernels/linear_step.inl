@@ -215,7 +215,7 @@ inline size_t elements_ahead(const LinearStep<T>& s) {
 // Visits in turns from row `first` on, of N steps with the same weights at once, while all have equally many rows left for a block. Adds to
 // their losses; returns the first row that is left.
 template <int N, class T>
-size_t visit_in_turns(const LinearStep<T>* const (&s)[N], size_t first, double (&loss)[N]) {
+size_t visit_in_turns(const LinearStep<T>* const (&s)[N], size_t first, double* losses) {
   const size_t in = s[0]->in_features, block_rows = Block<T>::rows_for(in), ahead = elements_ahead(*s[0]);
   Block<T> block[N];
   for (;; first += block_rows) {
@@ -236,7 +236,7 @@ size_t visit_in_turns(const LinearStep<T>* const (&s)[N], size_t first, double (
       blocks_in_turns(block, in, o == 0 ? ahead : 0, s[0]->weight + o * in, s[0]->bias ? s[0]->bias[o] : T(0), accumulate, gradient);
       for (int n = 0; n < N; ++n) {
         T* const bias_gradient = s[n]->bias_gradient ? s[n]->bias_gradient + o : nullptr;
-        loss[n] += block_factors(block[n], [&](size_t l) { return load(block[n].factor + l); }, accumulate, bias_gradient);
+        losses[n] += block_factors(block[n], [&](size_t l) { return load(block[n].factor + l); }, accumulate, bias_gradient);
       }
     }
   }
@@ -254,16 +254,15 @@ double linear_step(const LinearStep<T>& s) {
   const bool in_order = reads_in_order(s);
   const bool gains = vectors == 1 || (vectors >= 4 && 2 * vectors <= vector_registers);
   const bool in_registers = in_order ? vectors <= most_row_vectors : !s.prefetch && gains;
+  double loss = 0;
   if (in_order && !in_registers) {
-    double loss[1] = {0};
-    visit_in_turns({&s}, 0, loss);
-    return loss[0];
+    visit_in_turns({&s}, 0, &loss);
+    return loss;
   }
   const size_t ahead_in_order = in_order ? elements_ahead(s) : 0;
   Block<T> blocks[2];
   Block<T>*block = &blocks[0], *next = &blocks[1];
   block->gather(s.x, s.x_stride, s.index, 0, count_from(0, s.rows));
-  double loss = 0;
   for (size_t first = 0; first < s.rows; first += block_rows) {
     const bool last = first + block->present == s.rows;
     const size_t following = last ? s.next : first + block->present, end = last ? s.next + s.rows_ahead : s.rows;
@@ -305,8 +304,8 @@ double linear_step(const LinearStep<T>& s) {
 
 // Whether two steps whose rows lie apart gain by taking turns row by row. From memory in order a core of Zen 3 reads two streams at 20 GB/s
 // and one at 15, and the chains of additions of two rows overlap: 1.1 to 1.3 times as fast. From L3, rows that the registers hold lose up
-// to 28 %; more than 3 outputs do from anywhere, as blocks of two steps are too much for L1. With vectors of a line each one stream comes
-// near the bandwidth of a core (Zen 4; two were not measured there).
+// to 28 %; 5 and 7 outputs lost 15 to 25 % (2,000 features), as blocks of two steps are too much for L1, 1 to 3 nothing. With vectors of a
+// line each one stream comes near the bandwidth of a core (Zen 4; two were not measured there).
 template <class T>
 bool gain_together(const LinearStep<T>& s) {
   constexpr size_t least_vectors = 8, most_outputs = 3;
@@ -317,13 +316,9 @@ bool gain_together(const LinearStep<T>& s) {
 
 template <class T>
 void linear_steps(const LinearStep<T>* s, double* losses) {
-  double loss[2] = {0, 0};
-  const size_t first = visit_in_turns({&s[0], &s[1]}, 0, loss);
-  for (int n = 0; n < 2; ++n) {
-    double sum[1] = {loss[n]};
-    visit_in_turns({&s[n]}, first, sum);
-    losses[n] = sum[0];
-  }
+  losses[0] = losses[1] = 0;
+  const size_t first = visit_in_turns({&s[0], &s[1]}, 0, losses);
+  for (int n = 0; n < 2; ++n) visit_in_turns({&s[n]}, first, losses + n);
 }
 
 }  // namespace
