@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "../dispatch/dispatch.h"
+#include "aligned.h"
 #include "caches.h"
 #include "random.h"
 #include "tasks.h"
@@ -104,25 +105,20 @@ class ManySteps {
     possible_ = network.is_lone_linear() && network.out_features() == 1 && in <= table<T>().run_features && !cut &&
                 round.batch_size <= most_batch && round.ranges.size() == 1 && round.ranges[0].begin == 0 &&
                 round.ranges[0].end == network.parameters();
+    if (possible_) extend_rows_read_often();
   }
 
   bool possible() const { return possible_; }
 
-  // Makes the steps of these rows and adds their losses; returns how many: it stops before one whose loss is not finite.
-  std::uint64_t make(const Batch<T>& batches, double& loss) {
+  // Makes the steps of these rows, the first of which has this number, and adds their losses; returns how many: it stops before one whose
+  // loss is not finite.
+  std::uint64_t make(const Batch<T>& batches, std::size_t first_row, double& loss) {
     UpdateRange<T>& range = round_.ranges[0];
-    const LinearShape shape = round_.network.linear_shape();
-    LinearRun<T> run;
-    run.x = batches.x;
-    run.x_stride = batches.x_stride;
-    run.target = batches.target;
+    LinearRun<T> run = run_of(batches.x, batches.target, batches.rows);
+    if (!extended_.empty()) run.extended = extended_.data() + (batches.index ? 0 : first_row * extended_width());
     run.index = batches.index;
-    run.rows = batches.rows;
     run.rows_ahead = batches.rows_ahead;
     run.batch_size = round_.batch_size;
-    run.prefetch = batches.prefetch;
-    run.in_features = shape.in_features;
-    run.has_bias = shape.has_bias;
     run.mean = round_.mean;
     run.options = range.options;
     run.first_step = range.first_step;
@@ -135,8 +131,40 @@ class ManySteps {
   }
 
  private:
+  LinearRun<T> run_of(const T* x, const T* target, std::size_t rows) const {
+    const LinearShape shape = round_.network.linear_shape();
+    LinearRun<T> run{};
+    run.x = x;
+    run.x_stride = round_.x_stride;
+    run.target = target;
+    run.rows = rows;
+    run.in_features = shape.in_features;
+    run.has_bias = shape.has_bias;
+    return run;
+  }
+
+  std::size_t extended_width() const {
+    const LinearShape shape = round_.network.linear_shape();
+    const std::size_t lanes = table<T>().lanes, elements = shape.in_features + (shape.has_bias ? 1 : 0) + 1;
+    return (elements + lanes - 1) / lanes * lanes;
+  }
+
+  // What an epoch gains is about what it costs to extend the rows once. A copy beyond a core's share of the caches gains less, and memory is
+  // the user's.
+  void extend_rows_read_often() {
+    constexpr std::uint64_t least_epochs = 3;
+    constexpr std::size_t most_bytes = 4 << 20;
+    const std::uint64_t steps = round_.last_step - round_.first_step;
+    const std::uint64_t steps_per_epoch = (round_.rows + round_.batch_size - 1) / round_.batch_size;
+    const std::size_t elements = round_.rows * extended_width();
+    if (steps < least_epochs * steps_per_epoch || elements * sizeof(T) > most_bytes) return;
+    extended_.resize(elements);
+    table<T>().extend_rows(run_of(round_.x, round_.target, round_.rows), extended_.data());
+  }
+
   Round<T>& round_;
   bool possible_;
+  AlignedVector<T> extended_;  // empty: rows are read where they are
 };
 
 }  // namespace
@@ -172,7 +200,7 @@ RoundResult train_round(Round<T>& round, Interrupt& interrupt, const std::functi
       std::uint64_t made = 0;
       bool finite = true;
       if (many.possible()) {
-        made = many.make(batch, round.losses[epoch]);
+        made = many.make(batch, in_epoch * round.batch_size, round.losses[epoch]);
       } else {
         const double elements = static_cast<double>(batch.rows) * outputs;
         const StepUpdate<T> update(round, static_cast<T>(round.mean ? 1.0 / elements : 1.0));

@@ -62,11 +62,11 @@ struct LinearRun {
   const T* x;             // [*, in_features], rows `x_stride` apart
   size_t x_stride;
   const T* target;        // [*]
+  const T* extended;      // what extend_rows made of x and target, read in their place; or null
   const uint32_t* index;  // [rows] row numbers into x and target, or null: rows 0, 1, 2, ...
   size_t rows;            // of all steps; the last batch may be smaller
   size_t rows_ahead;      // rows after these that may be read next
   size_t batch_size;
-  bool prefetch;          // x is larger than the caches
   size_t in_features;
   bool has_bias;
   bool mean;              // the loss is the mean over a batch, else the sum
@@ -156,6 +156,10 @@ struct KernelTable {
   // The steps of a run, for up to run_features features; returns how many were made: it stops before one whose loss is not finite.
   size_t run_features;
   size_t (*linear_run)(const LinearRun<T>& run);
+
+  // extended[rows][whole vectors] = (features, 1 if there is a bias, target, zeros) of the rows of a run, whose index is left aside. The
+  // steps of a run that is given them have the same bits.
+  void (*extend_rows)(const LinearRun<T>& run, T* extended);
 
   // Squared error over n elements: the sum; each term; scale * the gradient with respect to the output, scale * 2 (output - target),
   // where `gradient` may be the output.

@@ -32,18 +32,28 @@ struct ExtendedRow {
   }
 };
 
-// Scattered: the index does so over memory, and there is at least one feature.
-template <class T, int Vectors, bool Indexed, bool Scattered>
+// Many epochs read rows that were extended once: half as many instructions a row, and one place of memory for a row and its target.
+template <class T, int Vectors>
+void extend_rows_of(const LinearRun<T>& run, T* extended) {
+  const ExtendedRow<T, Vectors> form(run.in_features, run.has_bias);
+  for (size_t r = 0; r < run.rows; ++r) {
+    Vector<T> row[Vectors];
+    form.read(run.x + r * run.x_stride, run.target[r], row);
+    for (int v = 0; v < Vectors; ++v) store(extended + (r * Vectors + v) * lanes<T>, row[v]);
+  }
+}
+
+template <class T, int Vectors, bool Indexed, bool Extended>
 size_t linear_run_of(const LinearRun<T>& run) {
   constexpr int w = (int)lanes<T>;
-  // Scattered rows are asked for so many rows before, one or two microseconds. Rows in order are better left to the processor's own
+  // Rows by an index are asked for so many rows before, one or two microseconds. Rows in order are better left to the processor's own
   // prefetching, 25 instead of 14 GB/s.
   constexpr size_t ahead = 64;
-  const size_t known = run.rows + run.rows_ahead, last = run.in_features - 1;
+  const size_t known = run.rows + run.rows_ahead, last = run.in_features > 0 ? run.in_features - 1 : 0;
   // Of additions to the gradient: latency (4) over their number hides behind the loads. Four of two vectors are more than 16 registers hold
   // (3 to 7 % slower).
   constexpr int chains = w < 4 || (Vectors > 1 && vector_registers == 16) ? 2 : 4;
-  const ExtendedRow<T, Vectors> extended(run.in_features, run.has_bias);
+  const ExtendedRow<T, Vectors> form(run.in_features, run.has_bias);
   const size_t parameters = run.in_features + (run.has_bias ? 1 : 0);
 
   const SgdOptions<T>& options = run.options;
@@ -71,22 +81,36 @@ size_t linear_run_of(const LinearRun<T>& run) {
       for (int v = 0; v < Vectors; ++v) gradient[c][v] = zero<T>();
 
     const auto group = [&](size_t first, size_t present, auto whole) {
-      if (Scattered)
-        for (size_t l = first + ahead; l < first + ahead + present && l < known; ++l) {
-          const T* const x = run.x + run.index[l] * run.x_stride;
+      if (Indexed && first + ahead + w <= known) {
+#pragma GCC unroll 16
+        for (int l = 0; l < w; ++l) {
+          const size_t number = run.index[first + ahead + l];
+          if constexpr (Extended) {
+            const T* const row = run.extended + number * (Vectors * w);
 #pragma GCC unroll 4
-          for (int v = 0; v + 1 < Vectors; ++v) __builtin_prefetch(x + v * w, 0, 2);
-          // The last vector may hold no feature, and its last one may lie in a line of its own.
-          __builtin_prefetch(x + (last < (Vectors - 1) * w ? last : (Vectors - 1) * w), 0, 2);
-          __builtin_prefetch(x + last, 0, 2);
-          __builtin_prefetch(run.target + run.index[l], 0, 2);
+            for (size_t i = 0; i < Vectors * w; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
+          } else {
+            const T* const x = run.x + number * run.x_stride;
+#pragma GCC unroll 4
+            for (int v = 0; v + 1 < Vectors; ++v) __builtin_prefetch(x + v * w, 0, 2);
+            // The last vector may hold no feature, and its last one may lie in a line of its own.
+            __builtin_prefetch(x + (last < (Vectors - 1) * w ? last : (Vectors - 1) * w), 0, 2);
+            __builtin_prefetch(x + last, 0, 2);
+            __builtin_prefetch(run.target + number, 0, 2);
+          }
         }
+      }
       Vector<T> row[w][Vectors];
 #pragma GCC unroll 16
       for (int l = 0; l < w; ++l) {
         if (whole.value || (size_t)l < present) {
           const size_t number = Indexed ? run.index[first + l] : first + l;
-          extended.read(run.x + number * run.x_stride, run.target[number], row[l]);
+          if constexpr (Extended) {
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) row[l][v] = load(run.extended + (number * Vectors + v) * w);
+          } else {
+            form.read(run.x + number * run.x_stride, run.target[number], row[l]);
+          }
         } else {
           for (int v = 0; v < Vectors; ++v) row[l][v] = zero<T>();
         }
@@ -138,11 +162,18 @@ size_t linear_run_of(const LinearRun<T>& run) {
 }
 
 template <class T, int Vectors = 1>
+void extend_rows(const LinearRun<T>& run, T* extended) {
+  if constexpr (Vectors < most_run_vectors)
+    if (run.in_features + run.has_bias >= Vectors * lanes<T>) return extend_rows<T, Vectors + 1>(run, extended);
+  extend_rows_of<T, Vectors>(run, extended);
+}
+
+template <class T, int Vectors = 1>
 size_t linear_run(const LinearRun<T>& run) {
   if constexpr (Vectors < most_run_vectors)
     if (run.in_features + run.has_bias >= Vectors * lanes<T>) return linear_run<T, Vectors + 1>(run);
-  if (!run.index) return linear_run_of<T, Vectors, false, false>(run);
-  return run.prefetch && run.in_features > 0 ? linear_run_of<T, Vectors, true, true>(run) : linear_run_of<T, Vectors, true, false>(run);
+  if (run.extended) return run.index ? linear_run_of<T, Vectors, true, true>(run) : linear_run_of<T, Vectors, false, true>(run);
+  return run.index ? linear_run_of<T, Vectors, true, false>(run) : linear_run_of<T, Vectors, false, false>(run);
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ constexpr KernelTable<T> make_table() {
   table.linear_steps = linear_steps<T>;
   table.run_features = most_run_vectors * lanes<T> - 2;
   table.linear_run = linear_run<T>;
+  table.extend_rows = extend_rows<T>;
   table.squared_error_sum = squared_error_sum<T>;
   table.squared_error_terms = squared_error_terms<T>;
   table.squared_error_gradient = squared_error_gradient<T>;

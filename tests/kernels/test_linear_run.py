@@ -71,6 +71,31 @@ def test_a_run_may_be_cut_anywhere(isa, dtype):
     assert piece_buffer.tobytes() == buffer.tobytes()
 
 
+@pytest.mark.parametrize("shuffled", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+def test_rows_that_are_extended_once_give_the_same_bits(isa, dtype, has_bias, shuffled):
+    """A call of three epochs copies the rows, calls of one epoch read them where they are."""
+    for features in (0, 1, 2, 3, 6, 7, 10, 14, 15, 30, 62):
+        if features + has_bias == 0:
+            continue
+        x, target, start, _ = problem(150, features, dtype, has_bias)
+        seeds = np.array([3, 1, 2], np.uint64) if shuffled else None
+        layers, n, steps = [("linear", features, 1, has_bias)], start.size, 5
+        whole, buffer, losses = Guarded(start), np.zeros_like(start), np.zeros(3)
+        options = (0.002, 0.5, 0.0, 0.0, False, False)
+        args = (x, target, whole.array, buffer, layers, [(0, n, *options, True)], 32, seeds, 0, 3 * steps, True, 0.0, losses)
+        assert _core.train(*args) == ("finished", 3 * steps)
+        whole.check()
+        pieces, piece_buffer, piece_losses = start.copy(), np.zeros_like(start), np.zeros(3)
+        for epoch in range(3):
+            ranges, last = [(0, n, *options, epoch == 0)], (epoch + 1) * steps
+            args = (x, target, pieces, piece_buffer, layers, ranges, 32, seeds, epoch * steps, last, True, 0.0, piece_losses)
+            assert _core.train(*args) == ("finished", last)
+        assert pieces.tobytes() == whole.array.tobytes(), features
+        assert piece_buffer.tobytes() == buffer.tobytes(), features
+        assert piece_losses.tobytes() == losses.tobytes(), features
+
+
 def test_it_stops_before_a_step_whose_loss_is_not_finite(isa, dtype):
     x, target, start, _ = problem(40, 10, dtype, True)
     bad = x.copy()
