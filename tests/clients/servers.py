@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ ADDRESS = "127.0.0.1"
 START_SECONDS = 60  # bounds of what is awaited; nothing takes nearly as long, and no test asserts how long it took
 STOP_SECONDS = 25  # less than what gunicorn grants a worker that does not end by itself
 ANSWER_SECONDS = 60
+AGAIN_SECONDS = 3  # after which granian's workers are told once more
 
 
 def _commands(heading: str) -> dict[str, list[str]]:
@@ -101,6 +103,7 @@ class Running:
         self._environ = {name: value for name, value in os.environ.items() if not name.startswith("GDLIB_")}
         self._environ |= {f"GDLIB_{name.upper()}": str(value) for name, value in {"models": models, **settings}.items()}
         self._log = log
+        self._again = threading.Timer(AGAIN_SECONDS, self._signal_all)
 
     def __enter__(self) -> Self:
         with self._log.open("wb") as log:
@@ -124,12 +127,24 @@ class Running:
         return self._log.read_text("utf-8", "replace")[-4000:]
 
     def terminate(self) -> None:
+        """SIGTERM, as docs/serving.md says.
+
+        A thread that starts at that very moment can take the signal in place of granian's main thread, which then sleeps on. So its
+        workers are told once more, as systemd does; not twice, since they block on a third.
+        """
         self.process.send_signal(signal.SIGTERM)
+        if self.program == "granian" and self._again.ident is None:
+            self._again.start()
+
+    def _signal_all(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)  # the group that was started above
 
     def wait(self) -> None:
         """Until it has ended. What does not end by itself is killed, with its workers, and is an error."""
         try:
             self.process.wait(STOP_SECONDS)
+            self._again.cancel()
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)  # the group that was started above
             self.process.wait()
