@@ -119,6 +119,46 @@ void check_rounds(const gdlib::Network& network, std::size_t rows, std::size_t b
   expect(eigenvalue >= 1.99 * static_cast<double>(rows), "eigenvalue");  // that of the column of ones alone is 2 * rows
 }
 
+// A call of three epochs extends its rows once, calls of one epoch read them where they are: the same bits.
+template <class T>
+void check_extended_rows(std::size_t in, bool has_bias, bool shuffled) {
+  constexpr std::size_t rows = 100, batch = 8, epochs = 3, steps_per_epoch = (rows + batch - 1) / batch;
+  gdlib::Network network;
+  network.add(gdlib::Activation::none, in, 1, has_bias);
+  const std::size_t n = network.parameters();
+  const auto x = numbers<T>(rows * in, 18), y = numbers<T>(rows, 19);
+  const std::vector<std::uint64_t> seeds{1, 2, 3};
+  const auto result = [&](std::size_t epochs_of_call) {
+    auto state = numbers<T>(n, 20);  // parameters, then momentum
+    state.resize(2 * n);
+    std::vector<T> gradient(n);
+    std::vector<double> losses(epochs);
+    gdlib::Round<T> round{};
+    round.network = network;
+    round.x = x.data();
+    round.x_stride = in;
+    round.target = y.data();
+    round.rows = rows;
+    round.batch_size = batch;
+    round.epoch_seeds = shuffled ? seeds.data() : nullptr;
+    round.mean = true;
+    round.ranges = {{0, n, gdlib::SgdOptions<T>{T(0.01), T(0.5), T(0), T(0), false, false}, true, true}};
+    round.parameters = state.data();
+    round.gradient = gradient.data();
+    round.momentum = state.data() + n;
+    round.losses = losses.data();
+    gdlib::Interrupt interrupt(nullptr);
+    for (std::size_t epoch = 0; epoch < epochs; epoch += epochs_of_call) {
+      round.first_step = epoch * steps_per_epoch;
+      round.last_step = (epoch + epochs_of_call) * steps_per_epoch;
+      const bool finished = gdlib::train_round(round, interrupt, [](std::uint64_t) {}).stop == gdlib::Stop::finished;
+      expect(finished, "round of few features, " + std::to_string(in));
+    }
+    return state;
+  };
+  expect(result(epochs) == result(1), "rows extended once, features " + std::to_string(in));
+}
+
 // A step whose loss is not finite changes nothing, and a network without parameters has none to change.
 template <class T>
 void check_steps_without_update(std::size_t rows) {
@@ -154,6 +194,9 @@ void check_training() {
   check_rounds<T>(small_network(), 1000, 127);
   check_rounds<T>(small_network(), 1000, 300);
   check_rounds<T>(a_network(20, 9), 9000, 9000);  // several passes for each step
+  for (std::size_t in : {1, 2, 3, 6, 7, 10, 14, 15, 30, 31, 62})
+    for (const bool has_bias : {true, false})
+      for (const bool shuffled : {true, false}) check_extended_rows<T>(in, has_bias, shuffled);
   for (std::size_t rows : {20, 300, 5000}) check_steps_without_update<T>(rows);
   for (std::size_t rows : {1, 17, 67, 130})
     for (std::size_t in : {1, 9})
