@@ -341,8 +341,9 @@ def fit(
     """Train the model in one native call: theta <- theta - lr * grad J(batch), over all batches of all epochs.
 
     X is [rows, in_features], y [rows, out_features] or, for one output, [rows]: anything that NumPy can view, `__dlpack__` objects and
-    memory maps; nothing is copied where dtype and layout fit. With SGD a step takes `batch_size` rows (32 when None); with GD all rows,
-    in order, in one pass over X. The same run as the readable loop over `DataLoader(X, y, batch_size, shuffle, seed)`, to rounding.
+    memory maps; where dtype and layout fit, nothing is copied but up to 4 MiB of short rows. With SGD a step takes `batch_size` rows (32
+    when None); with GD all rows, in order, in one pass over X. The same run as the readable loop over
+    `DataLoader(X, y, batch_size, shuffle, seed)`, to rounding.
 
     A step of a Sequential goes over its rows in passes of up to 4096, fewer where layers are wide: what the engine keeps of them stays
     near 64 MiB for any batch.

@@ -81,14 +81,15 @@ class Multiplication {
         panels_(product.cols, kernel_.lanes, kernel_.tile_vectors),
         row_tiles_(ceil_divide(product.rows, kernel_.tile_rows)),
         small_b_(product.depth * product.cols * sizeof(T) <= l2_bytes() / 4),
-        unpacked_(!product.packed && product.b.col_stride == 1 && row_tiles_ < (small_b_ ? tiles_to_pack_small_b : tiles_to_pack_b)),
-        pack_a_(must_pack(product.a)) {
+        unpacked_(!product.packed && product.b.col_stride == 1 && row_tiles_ < (small_b_ ? tiles_to_pack_small_b : tiles_to_pack_b)) {
     const std::size_t panel_width = kernel_.tile_vectors * kernel_.lanes;
     // Panels stay in three fourths of L2, two of them at least in half; the rest is left to A and C, which only pass through.
     const std::size_t l2_depth = l2_bytes() / 4 / (panel_width * sizeof(T));
     const std::size_t most_depth = unpacked_ && !small_b_ ? depth_unpacked : std::clamp<std::size_t>(l2_depth, 64, depth_bytes / sizeof(T));
     blocking_.depth = std::max<std::size_t>(1, ceil_divide(p_.depth, std::max<std::size_t>(1, ceil_divide(p_.depth, most_depth))));
-    const std::size_t panel_bytes = blocking_.depth * panel_width * sizeof(T), most_block = pack_a_ ? shared_bytes : l2_bytes() / 4 * 3;
+    const std::size_t panel_bytes = blocking_.depth * panel_width * sizeof(T), block_in_l2 = l2_bytes() / 4 * 3;
+    pack_a_ = must_pack(panels_.count * panel_bytes > block_in_l2);
+    const std::size_t most_block = pack_a_ ? shared_bytes : block_in_l2;
     blocking_.panels = std::clamp<std::size_t>(most_block / panel_bytes, 1, std::min(most_panels, panels_.count));
     blocking_.group_size = pack_a_ ? tiles_of_group * kernel_.tile_rows * blocking_.depth : 0;
     blocking_.block_size = product.packed ? 0 : blocking_.panels * panel_width * blocking_.depth;
@@ -115,11 +116,15 @@ class Multiplication {
 
   // Whether A is better copied than read where it lies. Columns of a matrix are if each step is on another page, or if its rows are so far
   // apart that they fall on few sets of a cache (up to 14 % faster so, and up to 10 % slower for others). Rows are not, even if all of a
-  // tile's fall on one set: copying them took 5 to 13 % longer on an L1 of 8 ways.
-  static bool must_pack(const MatrixView<T>& a) {
-    constexpr std::size_t page = 4096;  // and a way of L1
-    const std::size_t step = a.col_stride * sizeof(T);
-    return a.col_stride != 1 && (step >= page || step % (page / 4) == 0);
+  // tile's fall on one set: copying them took 5 to 13 % longer on an L1 of 8 ways. A step of a tile takes 24 cycles with AVX-512, which
+  // hides where A comes from, and 6 without: there columns are copied, too, if several blocks of panels read them, and not from L2 (1.05 to
+  // 1.8 times as fast).
+  bool must_pack(bool several_blocks) const {
+    constexpr std::size_t page = 4096, line_bytes = 64;  // a page is also a way of L1
+    if (p_.a.col_stride == 1) return false;
+    const std::size_t step = p_.a.col_stride * sizeof(T), bytes = p_.rows * p_.depth * sizeof(T);
+    const bool short_steps = kernel_.lanes * sizeof(T) < line_bytes;
+    return step >= page || step % (page / 4) == 0 || (short_steps && several_blocks && bytes > l2_bytes());
   }
 
   // How many parts of rows and of columns take the least time: each part packs what it needs, and the largest one ends last.

@@ -96,6 +96,20 @@ def test_rows_that_are_extended_once_give_the_same_bits(isa, dtype, has_bias, sh
         assert piece_losses.tobytes() == losses.tobytes(), features
 
 
+def test_extended_rows_are_found_from_any_step_on(isa, dtype):
+    """In order, a kernel call begins where the one before it ended: here within an epoch, and after so many steps as the clock allows."""
+    x, target, start, _ = problem(2000, 62, dtype, True)
+    results = []
+    for cuts in ((2, 191), (2, 63, 126, 189, 191)):  # more than three epochs of 63 steps, and less
+        parameters, buffer, losses = start.copy(), np.zeros_like(start), np.zeros(4)
+        for first, last in itertools.pairwise(cuts):
+            ranges = [(0, 63, 0.0005, 0.5, 0.0, 0.0, False, False, first == 2)]
+            args = (x, target, parameters, buffer, [("linear", 62, 1, True)], ranges, 32, None, first, last, True, 0.0, losses)
+            assert _core.train(*args) == ("finished", last)
+        results.append([array.tobytes() for array in (parameters, buffer, losses)])
+    assert results[0] == results[1]
+
+
 def test_it_stops_before_a_step_whose_loss_is_not_finite(isa, dtype):
     x, target, start, _ = problem(40, 10, dtype, True)
     bad = x.copy()

@@ -122,7 +122,7 @@ void check_rounds(const gdlib::Network& network, std::size_t rows, std::size_t b
 // A call of three epochs extends its rows once, calls of one epoch read them where they are: the same bits.
 template <class T>
 void check_extended_rows(std::size_t in, bool has_bias, bool shuffled) {
-  constexpr std::size_t rows = 100, batch = 8, epochs = 3, steps_per_epoch = (rows + batch - 1) / batch;
+  constexpr std::size_t rows = 100, batch = 32, epochs = 3, steps_per_epoch = (rows + batch - 1) / batch;
   gdlib::Network network;
   network.add(gdlib::Activation::none, in, 1, has_bias);
   const std::size_t n = network.parameters();
