@@ -21,11 +21,15 @@ constexpr std::size_t tiles_of_group = 8;
 constexpr std::size_t turn_bytes = 16 << 10;
 // Panels of B next to such strips: their block is read from the shared cache once for each group, of which every core has so much.
 constexpr std::size_t shared_bytes = 3 << 20;
+// Rows of A that are more than this come from memory each time that they are read.
+constexpr std::size_t near_bytes = 8 << 20;
 // Panels that must share a strip for that to pay.
 constexpr std::size_t panels_to_pack_a = 2;
 // Steps of depth that are copied for all panels or strips before the next ones: so many pages of memory are in use at a time, and so many
 // lines, which fall on one set of the caches where steps are a power of two apart.
 constexpr std::size_t depth_copied = 8;
+// Of strips whose rows lie: 4 to 8 lines of each row at a time, 1 to 5 % of a product.
+constexpr std::size_t depth_copied_of_rows = 64;
 // The same for B where no transposition is needed: copied for at least so many tiles of rows, and where a small part of L2 holds all of B,
 // for more than this. Copies cost 12 % of 32 rows, 3 % of 128.
 constexpr std::size_t tiles_to_pack_b = 3, tiles_to_pack_small_b = 65;
@@ -116,15 +120,15 @@ class Multiplication {
 
   // Whether A is better copied than read where it lies. Columns of a matrix are if each step is on another page, or if its rows are so far
   // apart that they fall on few sets of a cache (up to 14 % faster so, and up to 10 % slower for others). Rows are not, even if all of a
-  // tile's fall on one set: copying them took 5 to 13 % longer on an L1 of 8 ways. A step of a tile takes 24 cycles with AVX-512, which
-  // hides where A comes from, and 6 without: there columns are copied, too, if several blocks of panels read them, and not from L2 (1.05 to
-  // 1.8 times as fast).
+  // tile's fall on one set: copying them took 5 to 13 % longer on an L1 of 8 ways. With AVX-512 a step of a tile takes 24 cycles, which
+  // hides where A comes from, with AVX2 6: there A is copied, too, if several blocks of panels read it and it does not stay near, columns
+  // from beyond L2 (1.05 to 1.8 times as fast), rows from memory (1.05 to 1.15 times).
   bool must_pack(bool several_blocks) const {
-    constexpr std::size_t page = 4096, line_bytes = 64;  // a page is also a way of L1
-    if (p_.a.col_stride == 1) return false;
+    constexpr std::size_t page = 4096;  // and a way of L1
+    const bool rows = p_.a.col_stride == 1, short_steps = kernel_.tile_rows * kernel_.tile_vectors < 24;
     const std::size_t step = p_.a.col_stride * sizeof(T), bytes = p_.rows * p_.depth * sizeof(T);
-    const bool short_steps = kernel_.lanes * sizeof(T) < line_bytes;
-    return step >= page || step % (page / 4) == 0 || (short_steps && several_blocks && bytes > l2_bytes());
+    if (short_steps && several_blocks && bytes > (rows ? near_bytes : l2_bytes())) return true;
+    return !rows && (step >= page || step % (page / 4) == 0);
   }
 
   // How many parts of rows and of columns take the least time: each part packs what it needs, and the largest one ends last.
@@ -293,11 +297,12 @@ class Multiplication {
 
   // Lays out the strips of A of some tiles, one behind the other.
   void pack_group(std::size_t first_tile, std::size_t last_tile, std::size_t d, std::size_t depth, T* group) const {
-    for (std::size_t from = 0; from < depth; from += depth_copied)
+    const std::size_t step = p_.a.row_stride == 1 ? depth_copied : depth_copied_of_rows;
+    for (std::size_t from = 0; from < depth; from += step)
       for (std::size_t tile = first_tile; tile < last_tile; ++tile) {
         const std::size_t row = row_begin(tile);
-        kernel_.gemm_pack_rows(std::min(depth_copied, depth - from), row_begin(tile + 1) - row, p_.a.at(row, d + from), p_.a.col_stride,
-                               group + ((tile - first_tile) * depth + from) * kernel_.tile_rows);
+        kernel_.gemm_pack_rows(std::min(step, depth - from), row_begin(tile + 1) - row, p_.a.at(row, d + from), p_.a.row_stride,
+                               p_.a.col_stride, group + ((tile - first_tile) * depth + from) * kernel_.tile_rows);
       }
   }
 

@@ -129,7 +129,7 @@ struct KernelTable {
   // there on. Columns of b: panel_width is a multiple of `lanes`. Rows of a: it is tile_rows, and the stride of k is 1.
   void (*gemm_pack_columns)(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel,
                             size_t panel_width);
-  void (*gemm_pack_rows)(size_t depth, size_t width, const T* source, size_t depth_stride, T* panel);
+  void (*gemm_pack_rows)(size_t depth, size_t width, const T* source, size_t row_stride, size_t depth_stride, T* panel);
 
   // y[rows, out] = x[rows, in] weight[out, in]^T + bias[out], for few outputs. A row's value does not depend on the other rows.
   void (*linear_forward)(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride, const T* weight,
