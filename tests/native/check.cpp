@@ -17,12 +17,17 @@ void expect(bool good, const std::string& what) {
   if (!good) std::printf("failed: %s, on %s\n", what.c_str(), gdlib::kernels().isa);
 }
 
-int main() {
+// native_check [ISA ...]: all of this machine, and the threads; or these alone, for a slow emulator.
+int main(int count, char** words) {
+  std::vector<std::string> isas(words + 1, words + count);
   gdlib::initialize_threads();
-  if (gdlib::openmp_enabled())
-    for (const int threads : {2, 3, 8, 2}) check_threads(threads);
+  if (isas.empty()) {
+    if (gdlib::openmp_enabled())
+      for (const int threads : {2, 3, 8, 2}) check_threads(threads);
+    isas = gdlib::available_isas();
+  }
   std::vector<gdlib::AlignedVector<std::uint32_t>> orders;
-  for (const std::string& isa : gdlib::available_isas()) {
+  for (const std::string& isa : isas) {
     gdlib::select_isa(isa);
     check_training<float>();
     check_training<double>();

@@ -2,6 +2,7 @@
 # Builds the engine without Python and checks its kernels: cross_check.sh COMPILER [RUNNER ...], such as
 #   cross_check.sh g++
 #   cross_check.sh aarch64-linux-gnu-g++ qemu-aarch64 -L /usr/aarch64-linux-gnu
+#   cross_check.sh g++ python3 tests/native/emulated_check.py
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 compiler=$1
