@@ -1,8 +1,13 @@
 """Fixtures of several test files."""
 
+import signal
+
 import pytest
 
 import gdlib
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; the tests of Ctrl-C would wait for it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=[1, 2, 3, 5, 8])

@@ -209,6 +209,25 @@ void check_activations(std::size_t n) {
   }
 }
 
+// Strips of A, whose rows lie or whose columns do, in memory that ends where they end: step after step, zeros for rows that are not there.
+template <class T>
+void check_packed_rows(std::size_t depth) {
+  const gdlib::KernelTable<T>& kernel = gdlib::table<T>();
+  const std::size_t strip = kernel.tile_rows;
+  for (std::size_t rows = 1; rows <= strip; ++rows)
+    for (const bool lie : {true, false}) {
+      const auto source = numbers<T>(rows * depth, 26);
+      const std::size_t row_stride = lie ? depth : 1, depth_stride = lie ? 1 : rows;
+      std::vector<T> panel(strip * depth, T(7));
+      kernel.gemm_pack_rows(depth, rows, source.data(), row_stride, depth_stride, panel.data());
+      bool good = true;
+      for (std::size_t d = 0; d < depth; ++d)
+        for (std::size_t r = 0; r < strip; ++r)
+          good = good && panel[d * strip + r] == (r < rows ? source[r * row_stride + d * depth_stride] : T(0));
+      expect(good, "packed rows " + std::to_string(rows) + " of depth " + std::to_string(depth));
+    }
+}
+
 }  // namespace
 
 template <class T>
@@ -226,6 +245,7 @@ void check_kernels() {
   }
   check_layer<T>(130, 300, 100);  // several blocks of depth and rows
   for (std::size_t n = 1; n < 40; ++n) {
+    check_packed_rows<T>(n);
     check_vectors<T>(n);
     check_updates<T>(n);
     check_elementwise<T>(n);
