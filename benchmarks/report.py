@@ -88,7 +88,7 @@ minutes at a time everything is 1.3 to 1.6 times as slow, which single calls and
   asked for (4 to 13 % slower).
 - What other users of the machine cost: the same works alone, minutes apart, take 1 to 1.5 times as long, two threads gain 1.4 to 2 (the
   least of a report was 1.70 to 1.87, each time another work), NumPy's loop of the reference program was 1.84 to 2.8 times gdlib's, one row
-  took 0.275 to 0.54 us (before 0.34 to 0.62), and networks were 1.41 to 1.57 times as fast as their best peer. At times both CPUs of this
+  took 0.275 to 0.54 us (before 0.34 to 0.62), and networks were 1.41 to 1.57 times as fast as their best peer. At times both CPUs of the
   machine are one core of its host: two threads that share nothing, each with a CPU of its own and no time stolen, then do as much together
   as one alone (10 of 600 measurements of 20 ms, one to four in a row). After NumPy's products its threads spin for 0.1 s, and what shares
   work meanwhile is half as fast: contenders rest for longer.
@@ -103,7 +103,7 @@ minutes at a time everything is 1.3 to 1.6 times as slow, which single calls and
   1.45, 1.44, 1.35 and 1.51x in networks; the last two are of nearly the same code, in other hours. Its Python is slower: a call that takes
   0.75 us took 0.49 on the Zen 4, as NumPy's 4.5 us took 2.9. Bringing the rows into the form of the registers once makes an epoch of the
   reference program 47.6 us for 59 to 84 (in order 30.0 for 35.3); rows of half a line are not asked for ahead (0.8 times the time), and
-  batches of up to two vectors' lanes read rows where they are (1.2 times as fast in order). Tried: rows read again for their second use (10
+  batches under two vectors' lanes read rows where they are (1.2 times as fast in order). Tried: rows read again for their second use (10
   to 15 % faster where they are extended, 5 to 16 % slower in place), four chains of additions, fewer shuffles for a sum, requests into L1
   (nothing).
 - Descents on the Zen 3: its core reads one sequence at 15 GB/s, two at 19 and four at 21, two cores 22 to 25 in all; tasks in turns make
