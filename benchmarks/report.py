@@ -102,20 +102,23 @@ minutes at a time everything is 1.3 to 1.6 times as slow, which single calls and
   7.51x JAX in the reference program, 7.6, 10.5, 9.80 and 11.2x scikit-learn in SGD epochs in order, 1.13, 1.20, 1.19 and 1.15x in products,
   1.45, 1.44, 1.35 and 1.51x in networks; the last two are of nearly the same code, in other hours. Its Python is slower: a call that takes
   0.75 us took 0.49 on the Zen 4, as NumPy's 4.5 us took 2.9. Bringing the rows into the form of the registers once makes an epoch of the
-  reference program 47.6 us for 59 to 84 (in order 30.0 for 35.3); rows of half a line are not asked for ahead (0.8 times the time), and
+  reference program 47.6 us for 59 to 84 (in order 30.0 for 35.3); rows under a line are not asked for ahead (0.8 times the time), and
   batches under two vectors' lanes read rows where they are (1.2 times as fast in order). Tried: rows read again for their second use (10
   to 15 % faster where they are extended, 5 to 16 % slower in place), four chains of additions, fewer shuffles for a sum, requests into L1
   (nothing).
 - Descents on the Zen 3: its core reads one sequence at 15 GB/s, two at 19 and four at 21, two cores 22 to 25 in all; tasks in turns make
   descents from memory 1.1 to 1.3 times as fast (1,000 features 1.87 to 2.2x NumPy and 3.0 to 3.5x PyTorch; 100 in float64 3.2 to 3.9x and
   4.9 to 6.9x). NumPy's two passes over 1,000 features take 2.2 to 2.4 times as long as reading X once does.
-- Products on the Zen 3: a step of a tile takes 6 cycles of arithmetic, and with AVX-512 24, which hide more. What several blocks of panels
-  read again is laid out anew: columns from beyond L2, which the gradients of large batches are made of (20,000 x 500 -> 30 1.34 to 1.44
-  times as fast, 8,000 x 784 -> 700 1.5 to 1.8, 512 x 784 -> 500 in float64 1.07 to 1.17), and rows from memory (2048^3 in float64 1.05 to
-  1.12, in float32 1.01 to 1.08). One core alone then reaches 85 to 87 % of the FMA peak at 2048^3, two together in a quiet minute 81 to 85
-  %, in the reports 60 to 74 %. Tried without gain: panels that stay in L1 for 16 and 64 strips in turn (blocks of depth of 1 KiB 0.76 to
-  0.94, of 512 bytes 0.55 to 0.70 of the rate), whole depths of 8 KiB, 288 and 448 KiB of L2, tiles of 6 x 2 vectors for 4 x 3, rows of A or
-  panels of B asked for ahead, blocks of depth of 1 and 2 KiB (up to 18 % slower), L2 filled by half.
+- Products on the Zen 3: a step of a tile takes 6 cycles of arithmetic, and with AVX-512 24, which hide more. Columns from beyond L2, which
+  the gradients of large batches are made of, are laid out anew (20,000 x 500 -> 30 1.34 to 1.44 times as fast, 8,000 x 784 -> 700 1.5 to
+  1.8, 512 x 784 -> 500 in float64 1.07 to 1.17). Eight strips of rows take turns at a panel (1.02 to 1.06 times as fast from 128 rows on;
+  4 and 16 as much, 2 half), and 1,024 rows and more meet blocks of B of 1.5 MiB (1.00 to 1.12 again; 3 MiB 0.97 to 1.08, 0.75 and 1 0.99
+  to 1.09, and for 512 rows 0.98 to 1.01): rows that lie and such blocks are as fast as rows laid out anew at 2048^3, and 1.05 to 1.2 times
+  as fast with fewer. One core alone reached 85 to 89 % of the FMA peak at 2048^3 and two together up to 85 % in quiet minutes, 75 and 70 to
+  78 % in others, while the peak itself stays the same: its neighbours take L3 and memory. Tried without gain: panels that stay in L1
+  for 16 and 64 strips in turn (blocks of depth of 1 KiB 0.76 to 0.94, of 512 bytes 0.55 to 0.70 of the rate), whole depths of 8 KiB, 288
+  and 448 KiB of L2, tiles of 6 x 2 vectors for 4 x 3, rows of A or panels of B asked for ahead, blocks of depth of 1 and 2 KiB (up to 18 %
+  slower), L2 filled by half.
 - One row on the Zen 3, by two vectors in turns, reaches 0.87 to 0.98 of NumPy in 1499 -> 419, in float64 too (before 0.63 to 0.76); 4096 x
   4096 gives 0.91 to 1.04, and 1024 x 1024, whose rows fall on one set of L1, 0.66 to 0.79 in float32. Tried without gain: two or four
   neighbouring rows in turns (0.6 to 1.2), four tasks in turns in a loop alone, turns that go on from block to block (5 % slower); by

@@ -8,6 +8,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -121,8 +122,13 @@ def free_ports(count: int) -> list[int]:
 def start(command: Sequence[str], port: int, *, cwd: Path | None = None, path: str = "/v2/health/ready", **environment: str) -> Running:
     """Start a server and wait until it answers. It is ended with this process."""
     begin = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=cwd or folder(), env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    process = subprocess.Popen(  # in a group of its own, so that workers of one that does not stop can be ended with it
+        command,
+        cwd=cwd or folder(),
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     atexit.register(end, process)
     while time.perf_counter() - begin < START_SECONDS and process.poll() is None:
@@ -144,7 +150,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

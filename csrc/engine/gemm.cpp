@@ -16,22 +16,23 @@ constexpr std::size_t depth_bytes = 4096;
 constexpr std::size_t depth_unpacked = 16;
 // Strips of A that are laid out together, where they have to be: 64 neighbours of a row of memory are read at once.
 constexpr std::size_t tiles_of_group = 8;
-// Strips of A that are read where they lie take turns at each panel of B: so many bytes of elements, half of the smallest L1. Rows of 64
-// floats are 3 to 5 % faster so than one strip after the other.
-constexpr std::size_t turn_bytes = 16 << 10;
-// Panels of B next to such strips: their block is read from the shared cache once for each group, of which every core has so much.
-constexpr std::size_t shared_bytes = 3 << 20;
-// Rows of A that are more than this come from memory each time that they are read.
-constexpr std::size_t near_bytes = 8 << 20;
-// Panels that must share a strip for that to pay.
+// Panels that must share them for that to pay.
 constexpr std::size_t panels_to_pack_a = 2;
+// A step of a tile that has fewer multiply-adds of vectors, as with AVX2 and scalar kernels (12, in 6 cycles of a Zen 3), waits for data
+// where a longer one (AVX-512: 24, in 24 cycles of a Zen 4) hides that. Only for short ones the choices below were measured.
+constexpr std::size_t short_step = 24;
+// Strips of A that are read where they lie take turns at each panel of B: so many bytes of elements, half of the smallest L1. Rows of 64
+// floats are 3 to 5 % faster so than one strip after the other. With short steps as many as are copied together, which is 2 to 6 % faster:
+// they are read from L2 as the panel is, which only the first of them may find farther away.
+constexpr std::size_t turn_bytes = 16 << 10;
+// A block of B that groups of strips read from the cache which cores share: next to strips that are copied, and with short steps half as
+// much for so many that lie (1,024 rows of AVX2: as fast as a block in L2 to 12 % faster; for half of them 1 to 2 % slower).
+constexpr std::size_t shared_bytes = 3 << 20, strips_to_share_b = 256;
 // Steps of depth that are copied for all panels or strips before the next ones: so many pages of memory are in use at a time, and so many
 // lines, which fall on one set of the caches where steps are a power of two apart.
 constexpr std::size_t depth_copied = 8;
-// Of strips whose rows lie: 4 to 8 lines of each row at a time, 1 to 5 % of a product.
-constexpr std::size_t depth_copied_of_rows = 64;
-// The same for B where no transposition is needed: copied for at least so many tiles of rows, and where a small part of L2 holds all of B,
-// for more than this. Copies cost 12 % of 32 rows, 3 % of 128.
+// B is copied where no transposition is needed for at least so many tiles of rows, and where a small part of L2 holds all of it, for more
+// than this. Copies cost 12 % of 32 rows, 3 % of 128.
 constexpr std::size_t tiles_to_pack_b = 3, tiles_to_pack_small_b = 65;
 // Cycles for each element packed, a transposition (from L2), next to 2 multiply-adds of a vector in a cycle.
 constexpr double cycles_to_pack = 0.25;
@@ -85,26 +86,34 @@ class Multiplication {
         panels_(product.cols, kernel_.lanes, kernel_.tile_vectors),
         row_tiles_(ceil_divide(product.rows, kernel_.tile_rows)),
         small_b_(product.depth * product.cols * sizeof(T) <= l2_bytes() / 4),
-        unpacked_(!product.packed && product.b.col_stride == 1 && row_tiles_ < (small_b_ ? tiles_to_pack_small_b : tiles_to_pack_b)) {
+        unpacked_(!product.packed && product.b.col_stride == 1 && row_tiles_ < (small_b_ ? tiles_to_pack_small_b : tiles_to_pack_b)),
+        short_steps_(kernel_.tile_rows * kernel_.tile_vectors < short_step) {
     const std::size_t panel_width = kernel_.tile_vectors * kernel_.lanes;
     // Panels stay in three fourths of L2, two of them at least in half; the rest is left to A and C, which only pass through.
     const std::size_t l2_depth = l2_bytes() / 4 / (panel_width * sizeof(T));
     const std::size_t most_depth = unpacked_ && !small_b_ ? depth_unpacked : std::clamp<std::size_t>(l2_depth, 64, depth_bytes / sizeof(T));
     blocking_.depth = std::max<std::size_t>(1, ceil_divide(p_.depth, std::max<std::size_t>(1, ceil_divide(p_.depth, most_depth))));
     const std::size_t panel_bytes = blocking_.depth * panel_width * sizeof(T), block_in_l2 = l2_bytes() / 4 * 3;
-    pack_a_ = must_pack(panels_.count * panel_bytes > block_in_l2);
-    const std::size_t most_block = pack_a_ ? shared_bytes : block_in_l2;
-    blocking_.panels = std::clamp<std::size_t>(most_block / panel_bytes, 1, std::min(most_panels, panels_.count));
+    const auto set_block = [&](std::size_t bytes) {
+      blocking_.panels = std::clamp<std::size_t>(bytes / panel_bytes, 1, std::min(most_panels, panels_.count));
+    };
+    const auto set_shared_block = [&](std::size_t bytes) {
+      set_block(std::max(block_in_l2, std::min(bytes, l3_bytes() / static_cast<std::size_t>(thread_count()))));
+    };
+    set_block(block_in_l2);
+    pack_a_ = must_pack();
+    if (pack_a_) set_shared_block(shared_bytes);
+    share();
+    if (!pack_a_ && short_steps_ && row_tiles_ / tasks_.rows >= strips_to_share_b) set_shared_block(shared_bytes / 2);
     blocking_.group_size = pack_a_ ? tiles_of_group * kernel_.tile_rows * blocking_.depth : 0;
     blocking_.block_size = product.packed ? 0 : blocking_.panels * panel_width * blocking_.depth;
     const bool kept = !product.updated || blocking_.depth < p_.depth;
     blocking_.result_size = kept ? 0 : tiles_of_group * kernel_.tile_rows * panels_to_finish * panel_width;
     fetch_ = product.rows * product.cols * sizeof(T) > l2_bytes() / 2;
-    share();
   }
 
   void run() {
-    // Kept between calls: a step of training asks for the same sizes again. Its size is bounded by the cache.
+    // Kept between calls: a step of training asks for the same sizes again. Bounded by the caches: all workers' blocks of B fit L3, or L2.
     static thread_local AlignedVector<T> scratch;
     const std::size_t count = tasks_.rows * tasks_.cols;
     const std::size_t each = ceil_divide(blocking_.group_size + blocking_.block_size + blocking_.result_size, line) * line;
@@ -119,16 +128,15 @@ class Multiplication {
   static constexpr std::size_t line = 64 / sizeof(T);  // elements of a line of a cache
 
   // Whether A is better copied than read where it lies. Columns of a matrix are if each step is on another page, or if its rows are so far
-  // apart that they fall on few sets of a cache (up to 14 % faster so, and up to 10 % slower for others). Rows are not, even if all of a
-  // tile's fall on one set: copying them took 5 to 13 % longer on an L1 of 8 ways. With AVX-512 a step of a tile takes 24 cycles, which
-  // hides where A comes from, with AVX2 6: there A is copied, too, if several blocks of panels read it and it does not stay near, columns
-  // from beyond L2 (1.05 to 1.8 times as fast), rows from memory (1.05 to 1.15 times).
-  bool must_pack(bool several_blocks) const {
+  // apart that they fall on few sets of a cache (up to 14 % faster so, and up to 10 % slower for others), with short steps also if several
+  // blocks of B read them from beyond L2 (1.05 to 1.8 times as fast). Rows are not, even if all of a tile's fall on one set: copying them
+  // took 5 to 13 % longer on an L1 of 8 ways.
+  bool must_pack() const {
     constexpr std::size_t page = 4096;  // and a way of L1
-    const bool rows = p_.a.col_stride == 1, short_steps = kernel_.tile_rows * kernel_.tile_vectors < 24;
-    const std::size_t step = p_.a.col_stride * sizeof(T), bytes = p_.rows * p_.depth * sizeof(T);
-    if (short_steps && several_blocks && bytes > (rows ? near_bytes : l2_bytes())) return true;
-    return !rows && (step >= page || step % (page / 4) == 0);
+    if (p_.a.col_stride == 1) return false;
+    if (short_steps_ && blocking_.panels < panels_.count && p_.rows * p_.depth * sizeof(T) > l2_bytes()) return true;
+    const std::size_t step = p_.a.col_stride * sizeof(T);
+    return step >= page || step % (page / 4) == 0;
   }
 
   // How many parts of rows and of columns take the least time: each part packs what it needs, and the largest one ends last.
@@ -191,6 +199,7 @@ class Multiplication {
 
   // Tiles of rows that take turns, where A is read where it lies.
   std::size_t tiles_in_turn(std::size_t depth) const {
+    if (short_steps_) return tiles_of_group;
     return std::clamp<std::size_t>(turn_bytes / (kernel_.tile_rows * std::max<std::size_t>(1, depth) * sizeof(T)), 1, tiles_of_group);
   }
 
@@ -297,12 +306,11 @@ class Multiplication {
 
   // Lays out the strips of A of some tiles, one behind the other.
   void pack_group(std::size_t first_tile, std::size_t last_tile, std::size_t d, std::size_t depth, T* group) const {
-    const std::size_t step = p_.a.row_stride == 1 ? depth_copied : depth_copied_of_rows;
-    for (std::size_t from = 0; from < depth; from += step)
+    for (std::size_t from = 0; from < depth; from += depth_copied)
       for (std::size_t tile = first_tile; tile < last_tile; ++tile) {
         const std::size_t row = row_begin(tile);
-        kernel_.gemm_pack_rows(std::min(step, depth - from), row_begin(tile + 1) - row, p_.a.at(row, d + from), p_.a.row_stride,
-                               p_.a.col_stride, group + ((tile - first_tile) * depth + from) * kernel_.tile_rows);
+        kernel_.gemm_pack_rows(std::min(depth_copied, depth - from), row_begin(tile + 1) - row, p_.a.at(row, d + from), p_.a.col_stride,
+                               group + ((tile - first_tile) * depth + from) * kernel_.tile_rows);
       }
   }
 
@@ -312,6 +320,7 @@ class Multiplication {
   std::size_t row_tiles_;
   bool small_b_;
   bool unpacked_;
+  bool short_steps_;
   bool pack_a_;
   bool fetch_;
   Blocking blocking_;

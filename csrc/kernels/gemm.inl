@@ -57,7 +57,6 @@ void gemm_tile(const GemmTile<T>& t) {
 // A vector of N elements: what a panel's rows are made of, which may be narrower than a register.
 template <class T, int N>
 struct Strip {
-  typedef T plain __attribute__((vector_size(N * sizeof(T))));
   typedef T unaligned __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias));
 };
 
@@ -216,25 +215,9 @@ void gemm_pack_columns(size_t depth, size_t width, const T* source, size_t depth
 }
 
 template <class T, int Rows>
-void gemm_pack_rows(size_t depth, size_t width, const T* source, size_t row_stride, size_t depth_stride, T* panel) {
-  if (row_stride == 1) {
-    constexpr int n = Rows < (int)lanes<T> ? Rows : (int)lanes<T>;
-    for (size_t k = 0; k < Rows; k += n) pack_straight<T, n>(depth, width > k ? width - k : 0, source + k, depth_stride, panel + k, Rows);
-    return;
-  }
-  typedef typename Strip<T, Rows>::unaligned U;
-  size_t d = 0;
-  if (width == Rows && depth_stride == 1)
-    for (; d + Rows <= depth; d += Rows) {
-      typename Strip<T, Rows>::plain v[Rows];
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) v[r] = *reinterpret_cast<const U*>(source + r * row_stride + d);
-      transpose<1>(v);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) *reinterpret_cast<U*>(panel + (d + r) * Rows) = v[r];
-    }
-  for (; d < depth; ++d)
-    for (size_t r = 0; r < Rows; ++r) panel[d * Rows + r] = r < width ? source[r * row_stride + d * depth_stride] : T(0);
+void gemm_pack_rows(size_t depth, size_t width, const T* source, size_t depth_stride, T* panel) {
+  constexpr int n = Rows < (int)lanes<T> ? Rows : (int)lanes<T>;
+  for (size_t k = 0; k < Rows; k += n) pack_straight<T, n>(depth, width > k ? width - k : 0, source + k, depth_stride, panel + k, Rows);
 }
 
 // The table's tiles of every height up to Rows and every width up to Vectors.

@@ -126,10 +126,10 @@ struct KernelTable {
   void (*gemm_transposed[most_transposed_rows])(const GemmTile<T>& tile);
 
   // panel[depth][panel_width] = the elements (d, k) of a source with the given strides, one of which is 1, for k < width, and zeros from
-  // there on. Columns of b: panel_width is a multiple of `lanes`. Rows of a: it is tile_rows.
+  // there on. Columns of b: panel_width is a multiple of `lanes`. Rows of a: it is tile_rows, and the stride of k is 1.
   void (*gemm_pack_columns)(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel,
                             size_t panel_width);
-  void (*gemm_pack_rows)(size_t depth, size_t width, const T* source, size_t row_stride, size_t depth_stride, T* panel);
+  void (*gemm_pack_rows)(size_t depth, size_t width, const T* source, size_t depth_stride, T* panel);
 
   // y[rows, out] = x[rows, in] weight[out, in]^T + bias[out], for few outputs. A row's value does not depend on the other rows.
   void (*linear_forward)(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride, const T* weight,

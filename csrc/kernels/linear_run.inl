@@ -47,7 +47,7 @@ template <class T, int Vectors, bool Indexed, bool Extended>
 size_t linear_run_of(const LinearRun<T>& run) {
   constexpr int w = (int)lanes<T>;
   // Rows by an index are asked for so many rows before, one or two microseconds from memory. Rows in order are better left to the
-  // processor's own prefetching, 25 instead of 14 GB/s; extended rows of half a line lie close together (0.8 times the time without).
+  // processor's own prefetching, 25 instead of 14 GB/s; extended rows of less than a line lie close together (0.8 times the time without).
   constexpr size_t ahead = 64;
   constexpr bool asks = Indexed && (!Extended || Vectors * lane_bytes >= 64);
   const size_t known = run.rows + run.rows_ahead, last = run.in_features > 0 ? run.in_features - 1 : 0;

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "../../csrc/dispatch/dispatch.h"
+#include "../../csrc/engine/gemm.h"
 #include "../../csrc/engine/linear.h"
 #include "../../csrc/engine/squared_error.h"
 #include "check.h"
@@ -209,23 +210,44 @@ void check_activations(std::size_t n) {
   }
 }
 
-// Strips of A, whose rows lie or whose columns do, in memory that ends where they end: step after step, zeros for rows that are not there.
+// Strips of A in memory that ends where they end: step after step, zeros for rows that are not there.
 template <class T>
 void check_packed_rows(std::size_t depth) {
   const gdlib::KernelTable<T>& kernel = gdlib::table<T>();
   const std::size_t strip = kernel.tile_rows;
-  for (std::size_t rows = 1; rows <= strip; ++rows)
-    for (const bool lie : {true, false}) {
-      const auto source = numbers<T>(rows * depth, 26);
-      const std::size_t row_stride = lie ? depth : 1, depth_stride = lie ? 1 : rows;
-      std::vector<T> panel(strip * depth, T(7));
-      kernel.gemm_pack_rows(depth, rows, source.data(), row_stride, depth_stride, panel.data());
-      bool good = true;
-      for (std::size_t d = 0; d < depth; ++d)
-        for (std::size_t r = 0; r < strip; ++r)
-          good = good && panel[d * strip + r] == (r < rows ? source[r * row_stride + d * depth_stride] : T(0));
-      expect(good, "packed rows " + std::to_string(rows) + " of depth " + std::to_string(depth));
+  for (std::size_t rows = 1; rows <= strip; ++rows) {
+    const auto source = numbers<T>(rows * depth, 26);
+    std::vector<T> panel(strip * depth, T(7));
+    kernel.gemm_pack_rows(depth, rows, source.data(), rows, panel.data());
+    bool good = true;
+    for (std::size_t d = 0; d < depth; ++d)
+      for (std::size_t r = 0; r < strip; ++r) good = good && panel[d * strip + r] == (r < rows ? source[d * rows + r] : T(0));
+    expect(good, "packed rows " + std::to_string(rows) + " of depth " + std::to_string(depth));
+  }
+}
+
+// A product whose left operand lies in columns 1 KiB apart, in memory that ends where they end: its strips are laid out anew.
+template <class T>
+void check_copied_strips(std::size_t rows, std::size_t cols, std::size_t depth) {
+  const std::size_t apart = 1024 / sizeof(T);
+  const auto a = numbers<T>((depth - 1) * apart + rows, 27), b = numbers<T>(depth * cols, 28);
+  std::vector<T> c(rows * cols);
+  gdlib::Product<T> product{rows, cols, depth, {a.data(), 1, apart}, {b.data(), cols, 1}};
+  product.c = c.data();
+  product.c_stride = cols;
+  gdlib::gemm(product);
+  bool good = true;
+  for (std::size_t r = 0; r < rows; ++r)
+    for (std::size_t k = 0; k < cols; ++k) {
+      double sum = 0, size = 0;
+      for (std::size_t d = 0; d < depth; ++d) {
+        const double term = static_cast<double>(a[d * apart + r]) * b[d * cols + k];
+        sum += term;
+        size += std::abs(term);
+      }
+      good = good && close(c[r * cols + k], sum, size, depth);
     }
+  expect(good, "copied strips of " + std::to_string(rows) + " rows");
 }
 
 }  // namespace
@@ -244,6 +266,7 @@ void check_kernels() {
     check_step<T>(530, 100, out);
   }
   check_layer<T>(130, 300, 100);  // several blocks of depth and rows
+  for (std::size_t rows : {1, 9, 27, 67}) check_copied_strips<T>(rows, 100, 43);
   for (std::size_t n = 1; n < 40; ++n) {
     check_packed_rows<T>(n);
     check_vectors<T>(n);
