@@ -98,9 +98,11 @@ minutes at a time everything is 1.3 to 1.6 times as slow, which single calls and
   17.5x shuffled; products 1.28x, the least 1.02x, and 85 % of the FMA peak at 2048^3; networks 1.57x, the least 1.08x, at the peak; 1.70x
   by two threads where the least was gained. On a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, before all that is said above, the code
   was 13.9x scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
-- The Zen 3: four reports gave 1,606, 2,836, 3,579 and 3,588x PyTorch, 6.55, 10.0, 13.7 and 12.8x scikit-learn and 3.53, 5.42, 7.51 and
-  7.51x JAX in the reference program, 7.6, 10.5, 9.80 and 11.2x scikit-learn in SGD epochs in order, 1.13, 1.20, 1.19 and 1.15x in products,
-  1.45, 1.44, 1.35 and 1.51x in networks; the last two are of nearly the same code, in other hours. Its Python is slower: a call that takes
+- The Zen 3: five reports gave 1,606, 2,836, 3,579, 3,588 and 3,655x PyTorch, 6.55, 10.0, 13.7, 12.8 and 12.6x scikit-learn and 3.53, 5.42,
+  7.51, 7.51 and 7.21x JAX in the reference program, 7.6, 10.5, 9.80, 11.2 and 11.2x scikit-learn in SGD epochs in order, 1.13, 1.20, 1.19,
+  1.15 and 1.21x in products, 1.45, 1.44, 1.35, 1.51 and 1.43x in networks; the last three are of nearly the same code for networks, in
+  other hours (784-512-512-10 took 3.4 ms for a step in one and 5.1 in another, 3.1 to 5.0 from minute to minute alone). Gradients of one
+  row write 64 MiB of float32 and twice that of float64, 0.89 to 1.1x PyTorch. Its Python is slower: a call that takes
   0.75 us took 0.49 on the Zen 4, as NumPy's 4.5 us took 2.9. Bringing the rows into the form of the registers once makes an epoch of the
   reference program 47.6 us for 59 to 84 (in order 30.0 for 35.3); rows under a line are not asked for ahead (0.8 times the time), and
   batches under two vectors' lanes read rows where they are (1.2 times as fast in order). Tried: rows read again for their second use (10
