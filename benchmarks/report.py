@@ -115,8 +115,8 @@ minutes at a time everything is 1.3 to 1.6 times as slow, which single calls and
   the gradients of large batches are made of, are laid out anew (20,000 x 500 -> 30 1.34 to 1.44 times as fast, 8,000 x 784 -> 700 1.5 to
   1.8, 512 x 784 -> 500 in float64 1.07 to 1.17). Eight strips of rows take turns at a panel (1.02 to 1.06 times as fast from 128 rows on;
   4 and 16 as much, 2 half), and 1,024 rows and more meet blocks of B of 1.5 MiB (1.00 to 1.12 again; 3 MiB 0.97 to 1.08, 0.75 and 1 0.99
-  to 1.09, and for 512 rows 0.98 to 1.01): rows that lie and such blocks are as fast as rows laid out anew at 2048^3, and 1.05 to 1.2 times
-  as fast with fewer. One core alone reached 85 to 89 % of the FMA peak at 2048^3 and two together up to 85 % in quiet minutes, 75 and 70 to
+  to 1.09, and for 512 rows 0.98 to 1.01): rows that lie and such blocks are 1.02 to 1.12 times as fast at 2048^3 as rows
+  laid out anew. One core alone reached 85 to 87 % of the FMA peak at 2048^3 and two together up to 85 % in quiet minutes, 75 and 70 to
   78 % in others, while the peak itself stays the same: its neighbours take L3 and memory. Tried without gain: panels that stay in L1
   for 16 and 64 strips in turn (blocks of depth of 1 KiB 0.76 to 0.94, of 512 bytes 0.55 to 0.70 of the rate), whole depths of 8 KiB, 288
   and 448 KiB of L2, tiles of 6 x 2 vectors for 4 x 3, rows of A or panels of B asked for ahead, blocks of depth of 1 and 2 KiB (up to 18 %

@@ -112,3 +112,31 @@ def test_extended_rows_are_found_from_any_step_on(isa, dtype, shuffled):
                 assert _core.train(*args) == ("finished", last)
             results.append([array.tobytes() for array in (parameters, buffer, losses)])
         assert results[0] == results[1], features
+
+
+def test_it_stops_before_a_step_whose_loss_is_not_finite(isa, dtype):
+    x, target, start, _ = problem(40, 10, dtype, True)
+    bad = x.copy()
+    bad[17, 3] = np.nan
+    wanted = start.copy()
+    ranges = [(0, 11, *OPTIONS[0])]
+    stop, steps, losses = train(x, target, wanted, None, True, ranges, 8, None, steps=2)
+    assert (stop, steps) == ("finished", 2)
+    got = start.copy()
+    stop, steps, bad_losses = train(bad, target, got, None, True, ranges, 8, None)
+    assert (stop, steps) == ("non_finite", 2)
+    assert got.tobytes() == wanted.tobytes()
+    assert bad_losses[0] == losses[0]
+
+
+def test_a_gradient_of_the_target_that_overflows_is_nobodys(isa):
+    """The square of a residual of 1e17 fits float32; its product with a target of 1e23 does not, and is no parameter's gradient."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 10)).astype(np.float32)
+    target = (1e23 * (1 + 1e-6 * rng.standard_normal((64, 1)))).astype(np.float32)
+    parameters = np.zeros(11, np.float32)
+    parameters[10] = 1e23
+    stop, _, losses = train(x, target, parameters, None, True, [(0, 11, *OPTIONS[0])], 32, None)
+    assert stop == "finished"
+    assert np.isfinite(losses).all()
+    assert np.isfinite(parameters).all()
