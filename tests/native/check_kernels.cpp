@@ -16,6 +16,24 @@ bool close(T got, double wanted, double magnitude, std::size_t k) {
   return std::abs(static_cast<double>(got) - wanted) <= (static_cast<double>(k) + 2.0) * std::numeric_limits<T>::epsilon() * magnitude;
 }
 
+// Whether c[rows, cols] = bias[cols] + a[rows, depth] b[depth, cols].
+template <class T>
+bool is_product(const std::vector<T>& c, std::size_t rows, std::size_t cols, std::size_t depth, gdlib::MatrixView<T> a,
+                gdlib::MatrixView<T> b, const T* bias = nullptr) {
+  bool good = true;
+  for (std::size_t r = 0; r < rows; ++r)
+    for (std::size_t k = 0; k < cols; ++k) {
+      double sum = bias ? bias[k] : T(0), size = std::abs(sum);
+      for (std::size_t d = 0; d < depth; ++d) {
+        const double term = static_cast<double>(*a.at(r, d)) * *b.at(d, k);
+        sum += term;
+        size += std::abs(term);
+      }
+      good = good && close(c[r * cols + k], sum, size, depth);
+    }
+  return good;
+}
+
 template <class T>
 void check_layer(std::size_t rows, std::size_t in, std::size_t out) {
   const auto x = numbers<T>(rows * in, 1), w = numbers<T>(out * in, 2), b = numbers<T>(out, 3), g = numbers<T>(rows * out, 4);
@@ -23,37 +41,9 @@ void check_layer(std::size_t rows, std::size_t in, std::size_t out) {
   gdlib::linear_forward<T>(rows, in, out, x.data(), in, w.data(), b.data(), y.data());
   gdlib::linear_input_gradient<T>(rows, in, out, g.data(), w.data(), gx.data());
   gdlib::linear_weight_gradient<T>(rows, in, out, g.data(), x.data(), in, true, gw.data(), gb.data());
-  bool good = true;
-  for (std::size_t r = 0; r < rows; ++r)
-    for (std::size_t o = 0; o < out; ++o) {
-      double sum = b[o], size = std::abs(static_cast<double>(b[o]));
-      for (std::size_t j = 0; j < in; ++j) {
-        const double term = static_cast<double>(x[r * in + j]) * w[o * in + j];
-        sum += term;
-        size += std::abs(term);
-      }
-      good = good && close(y[r * out + o], sum, size, in);
-    }
-  for (std::size_t o = 0; o < out; ++o)
-    for (std::size_t j = 0; j < in; ++j) {
-      double sum = 0, size = 0;
-      for (std::size_t r = 0; r < rows; ++r) {
-        const double term = static_cast<double>(g[r * out + o]) * x[r * in + j];
-        sum += term;
-        size += std::abs(term);
-      }
-      good = good && close(gw[o * in + j], sum, size, rows);
-    }
-  for (std::size_t r = 0; r < rows; ++r)
-    for (std::size_t j = 0; j < in; ++j) {
-      double sum = 0, size = 0;
-      for (std::size_t o = 0; o < out; ++o) {
-        const double term = static_cast<double>(g[r * out + o]) * w[o * in + j];
-        sum += term;
-        size += std::abs(term);
-      }
-      good = good && close(gx[r * in + j], sum, size, out);
-    }
+  const bool good = is_product<T>(y, rows, out, in, {x.data(), in, 1}, {w.data(), 1, in}, b.data()) &&
+                    is_product<T>(gw, out, in, rows, {g.data(), 1, out}, {x.data(), in, 1}) &&
+                    is_product<T>(gx, rows, in, out, {g.data(), out, 1}, {w.data(), in, 1});
   expect(good, "layer " + std::to_string(rows) + " x " + std::to_string(in) + " x " + std::to_string(out));
 }
 
@@ -236,17 +226,7 @@ void check_copied_strips(std::size_t rows, std::size_t cols, std::size_t depth) 
   product.c = c.data();
   product.c_stride = cols;
   gdlib::gemm(product);
-  bool good = true;
-  for (std::size_t r = 0; r < rows; ++r)
-    for (std::size_t k = 0; k < cols; ++k) {
-      double sum = 0, size = 0;
-      for (std::size_t d = 0; d < depth; ++d) {
-        const double term = static_cast<double>(a[d * apart + r]) * b[d * cols + k];
-        sum += term;
-        size += std::abs(term);
-      }
-      good = good && close(c[r * cols + k], sum, size, depth);
-    }
+  const bool good = is_product<T>(c, rows, cols, depth, product.a, product.b);
   expect(good, "copied strips of " + std::to_string(rows) + " rows");
 }
 
