@@ -3,6 +3,7 @@
 GDLIB_SCREENSHOT=<path>.png writes a picture of the page to <path>.png, and of dark and narrow ones beside it.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -79,7 +80,16 @@ def browser():
 
 
 @pytest.fixture
-def visit(browser):
+def serve():
+    """Starts servers that end after the pages: a page asks every few seconds, and logs an error where nothing listens."""
+    from gdlib.serve.server import Server
+
+    with contextlib.ExitStack() as servers:
+        yield lambda app: servers.enter_context(Server(app, port=0)).url
+
+
+@pytest.fixture
+def visit(browser, serve):
     """Opens pages, and fails where one of them has logged an error, thrown one, or asked another host for something."""
     problems = []
     contexts = []
@@ -298,69 +308,64 @@ def test_long_names_fit(visit, url, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_a_server_with_keys_asks_for_one(visit, model, tmp_path):
+def test_a_server_with_keys_asks_for_one(visit, serve, model, tmp_path):
     from gdlib.serve.app import create_app
     from gdlib.serve.keys import add_key
-    from gdlib.serve.server import Server
 
     gdlib.save(model, tmp_path / "models/diabetes/1/model.safetensors")
     key = add_key(tmp_path / "keys.json", "page", ["models:*"])
-    with Server(create_app(tmp_path / "models", keys=tmp_path / "keys.json"), port=0) as server:
-        page = visit(server.url, ready="#key", ignore="401|403")  # the browser itself reports every refusal
-        assert "wants an access key" in page.locator("#notice").inner_text()
-        assert violations(page) == []
-        page.get_by_label("Access key").fill("wrong")
-        page.get_by_label("Access key").press("Enter")
-        page.wait_for_selector("#notice:has-text('does not know this key')")
-        page.get_by_label("Access key").fill(key)
-        page.get_by_label("Access key").press("Enter")
-        page.wait_for_selector("#feature-9")
-        page.get_by_role("button", name="Predict").click()
-        page.wait_for_selector("#answer .value")
-        assert page.locator("#notice").is_hidden()
-        page.wait_for_selector("#latency-note:has-text('metrics')")  # a scope that the key lacks
-        page.wait_for_selector("#counts:has-text('answered')")
-        assert key not in page.content()
-        assert "Bearer $GDLIB_KEY" in page.locator("#curl").inner_text()
-        program = page.locator("#python").inner_text()
-        ran = subprocess.run(
-            [sys.executable, "-c", program], env=os.environ | {"GDLIB_KEY": key}, capture_output=True, text=True, check=True
-        )
-        assert ran.stdout.startswith("output [")
-        assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+    url = serve(create_app(tmp_path / "models", keys=tmp_path / "keys.json"))
+    page = visit(url, ready="#key", ignore="401|403")  # the browser itself reports every refusal
+    assert "wants an access key" in page.locator("#notice").inner_text()
+    assert violations(page) == []
+    page.get_by_label("Access key").fill("wrong")
+    page.get_by_label("Access key").press("Enter")
+    page.wait_for_selector("#notice:has-text('does not know this key')")
+    page.get_by_label("Access key").fill(key)
+    page.get_by_label("Access key").press("Enter")
+    page.wait_for_selector("#feature-9")
+    page.get_by_role("button", name="Predict").click()
+    page.wait_for_selector("#answer .value")
+    assert page.locator("#notice").is_hidden()
+    page.wait_for_selector("#latency-note:has-text('metrics')")  # a scope that the key lacks
+    page.wait_for_selector("#counts:has-text('answered')")
+    assert key not in page.content()
+    assert "Bearer $GDLIB_KEY" in page.locator("#curl").inner_text()
+    program = page.locator("#python").inner_text()
+    ran = subprocess.run([sys.executable, "-c", program], env=os.environ | {"GDLIB_KEY": key}, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("output [")
+    assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
 
 
-def test_a_model_that_is_replaced_is_explained_anew(visit, tmp_path):
+def test_a_model_that_is_replaced_is_explained_anew(visit, serve, tmp_path):
     from gdlib.serve.app import App
     from gdlib.serve.repository import Repository
-    from gdlib.serve.server import Server
 
     path = tmp_path / "m/1/model.safetensors"
     line = gdlib.Linear(1, 1, dtype=np.float64)
     line.load_state_dict({"weight": [[2.0]], "bias": [1.0]})
     gdlib.save(line, path, feature_ranges=[[3, 3]])
     repository = Repository(tmp_path, settle_seconds=0.0)
-    with Server(App(repository), port=0) as server:
-        page = visit(server.url)
-        predict(page)
-        assert page.locator(".contributions td:last-child").all_inner_texts() == ["+6.000", "+1.000", "7.000"]
-        line.load_state_dict({"weight": [[-5.0]], "bias": [1.0]})
-        gdlib.save(line, path)
-        repository.refresh()
-        page.get_by_role("button", name="Predict").click()
-        page.wait_for_selector(f".contributions:has-text('{MINUS}15.00')")
-        assert page.locator("#answer .value").inner_text() == f"{MINUS}14"
-        shutil.rmtree(path.parent)
-        repository.refresh()
-        repository.refresh()
-        page.wait_for_selector("#notice:has-text('not available any more')")
+    url = serve(App(repository))
+    page = visit(url)
+    predict(page)
+    assert page.locator(".contributions td:last-child").all_inner_texts() == ["+6.000", "+1.000", "7.000"]
+    line.load_state_dict({"weight": [[-5.0]], "bias": [1.0]})
+    gdlib.save(line, path)
+    repository.refresh()
+    page.get_by_role("button", name="Predict").click()
+    page.wait_for_selector(f".contributions:has-text('{MINUS}15.00')")
+    assert page.locator("#answer .value").inner_text() == f"{MINUS}14"
+    shutil.rmtree(path.parent)
+    repository.refresh()
+    repository.refresh()
+    page.wait_for_selector("#notice:has-text('not available any more')")
 
 
-def test_a_model_with_several_inputs(visit, tmp_path):
+def test_a_model_with_several_inputs(visit, serve, tmp_path):
     onnx = pytest.importorskip("onnx", reason="makes an ONNX model")
     pytest.importorskip("onnxruntime", reason="ONNX models are computed by onnxruntime")
     from gdlib.serve.app import create_app
-    from gdlib.serve.server import Server
 
     helper, FLOAT = onnx.helper, onnx.TensorProto.FLOAT
     tensors = [helper.make_tensor_value_info(name, FLOAT, [None, 2]) for name in ("left's", "right", "sum")]
@@ -368,21 +373,20 @@ def test_a_model_with_several_inputs(visit, tmp_path):
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     (tmp_path / "add/1").mkdir(parents=True)
     onnx.save(made, tmp_path / "add/1/model.onnx")
-    with Server(create_app(tmp_path), port=0) as server:
-        page = visit(server.url, ready="#inputs")
-        box = page.get_by_label("Inputs, as JSON")
-        box.fill(box.input_value().replace("[0,0]", "[1.5,-4]", 1))
-        predict(page)
-        assert page.locator("#answer dt").all_inner_texts() == ["sum 0", "sum 1"]
-        assert page.locator("#answer .value").all_inner_texts() == ["1.5", f"{MINUS}4"]
-        assert violations(page) == []
-        command = shlex.split(page.locator("#curl").inner_text().replace("\\\n", " "))
-        assert '"name":"left\'s"' in command[-1]
+    url = serve(create_app(tmp_path))
+    page = visit(url, ready="#inputs")
+    box = page.get_by_label("Inputs, as JSON")
+    box.fill(box.input_value().replace("[0,0]", "[1.5,-4]", 1))
+    predict(page)
+    assert page.locator("#answer dt").all_inner_texts() == ["sum 0", "sum 1"]
+    assert page.locator("#answer .value").all_inner_texts() == ["1.5", f"{MINUS}4"]
+    assert violations(page) == []
+    command = shlex.split(page.locator("#curl").inner_text().replace("\\\n", " "))
+    assert '"name":"left\'s"' in command[-1]
 
 
-def test_under_a_mount_point(visit, model, tmp_path):
+def test_under_a_mount_point(visit, serve, model, tmp_path):
     from gdlib.serve.app import create_app
-    from gdlib.serve.server import Server
 
     gdlib.save(model, tmp_path / "diabetes/1/model.safetensors")
     app = create_app(tmp_path)
@@ -392,7 +396,7 @@ def test_under_a_mount_point(visit, model, tmp_path):
         inner = environ | {"SCRIPT_NAME": "/deep/predictor", "PATH_INFO": environ["PATH_INFO"].removeprefix("/deep/predictor")}
         return app(inner, start_response)
 
-    with Server(mounted, port=0) as server:
-        page = visit(f"{server.url}/deep/predictor")
-        predict(page)
-        assert page.url == f"{server.url}/deep/predictor/#diabetes/1"
+    url = serve(mounted)
+    page = visit(f"{url}/deep/predictor")
+    predict(page)
+    assert page.url == f"{url}/deep/predictor/#diabetes/1"
