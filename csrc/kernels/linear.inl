@@ -134,20 +134,75 @@ inline void block_gradient(const Block<T>& block, const Block<T>& next, size_t i
   }
 }
 
+// gradient[Outputs, in_features] += sum over the block of factor[Outputs] * row, bit by bit what block_gradient adds to rows of one chain.
+// Four rows at a time: a core reads as many sequences in order, and their sums are loaded and stored once; a piece of the features at a
+// time, so that the sums stay in L1. On Zen 3 1.0 to 1.4 times as fast for one output, and 1.2 to 2.3 times for two and three.
+template <int Outputs, class T>
+inline void block_gradients(const Block<T>& block, const T (*factor)[Block<T>::most], size_t in_features, T* gradient) {
+  constexpr size_t piece = 2048 / sizeof(T);
+  T sums[Outputs][piece] __attribute__((aligned(lane_bytes)));
+  for (size_t begin = 0, end; begin < in_features; begin = end) {
+    end = in_features - begin < piece ? in_features : begin + piece;
+    const auto add_rows = [&](size_t l, auto rows, auto first, auto last) __attribute__((always_inline)) {
+      const auto add = [&](size_t j, size_t count) __attribute__((always_inline)) {
+        Vector<T> x[rows.value];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows.value; ++r) x[r] = load_up_to(block.row[l + r] + j, count);
+#pragma GCC unroll 4
+        for (int o = 0; o < Outputs; ++o) {
+          T *const kept = sums[o] + (j - begin), *const out = gradient + o * in_features + j;
+          Vector<T> sum = first.value ? zero<T>() : load(kept);
+#pragma GCC unroll 4
+          for (int r = 0; r < rows.value; ++r) sum = fma(x[r], broadcast(factor[o][l + r]), sum);
+          last.value ? store_up_to(out, sum + load_up_to(out, count), count) : store(kept, sum);
+        }
+      };
+      size_t j = begin;
+      for (; j + lanes<T> <= end; j += lanes<T>) add(j, lanes<T>);
+      if (j < end) add(j, end - j);
+    };
+    const auto add = [&](size_t l, auto rows) __attribute__((always_inline)) {
+      const bool last = l + rows.value == block.present;
+      if (l == 0)
+        last ? add_rows(l, rows, Constant<true>{}, Constant<true>{}) : add_rows(l, rows, Constant<true>{}, Constant<false>{});
+      else
+        last ? add_rows(l, rows, Constant<false>{}, Constant<true>{}) : add_rows(l, rows, Constant<false>{}, Constant<false>{});
+    };
+    size_t l = 0;
+    for (; l + 4 <= block.present; l += 4) add(l, Constant<4>{});
+    for (; l < block.present; ++l) add(l, Constant<1>{});
+  }
+}
+
 // weight_gradient[out, in] += g[rows, out]^T x[rows, in]; bias_gradient[out] += column sums of g
 template <class T>
 void linear_gradient(size_t rows, size_t in_features, size_t out_features, const T* g, const T* x, size_t x_stride, T* weight_gradient,
                      T* bias_gradient) {
+  constexpr size_t most = 3;  // outputs at a time: four rows and their factors fill the registers
+  const bool one_chain = in_features > 3 * lanes<T>;
   Block<T> block;
+  T factor[most][Block<T>::most] __attribute__((aligned(lane_bytes)));
   const size_t block_rows = Block<T>::rows_for(in_features);
   for (size_t first = 0; first < rows; first += block_rows) {
     block.gather(x, x_stride, nullptr, first, rows - first < block_rows ? rows - first : block_rows);
-    for (size_t o = 0; o < out_features; ++o) {
-      Vector<T> sum = zero<T>();
-      for (size_t l = 0; l < block.padded; ++l) block.factor[l] = l < block.present ? g[(first + l) * out_features + o] : T(0);
-      for (size_t l = 0; l < block.padded; l += lanes<T>) sum += load(block.factor + l);
-      block_gradient<false>(block, block, in_features, true, weight_gradient + o * in_features);
-      if (bias_gradient) bias_gradient[o] += sum_lanes<T>(sum);
+    for (size_t o = 0, outputs; o < out_features; o += outputs) {
+      outputs = !one_chain ? 1 : out_features - o < most ? out_features - o : most;
+      for (size_t k = 0; k < outputs; ++k) {
+        Vector<T> sum = zero<T>();
+        T* const of_output = one_chain ? factor[k] : block.factor;
+        for (size_t l = 0; l < block.padded; ++l) of_output[l] = l < block.present ? g[(first + l) * out_features + o + k] : T(0);
+        for (size_t l = 0; l < block.padded; l += lanes<T>) sum += load(of_output + l);
+        if (bias_gradient) bias_gradient[o + k] += sum_lanes<T>(sum);
+      }
+      T* const gradient = weight_gradient + o * in_features;
+      if (!one_chain)
+        block_gradient<false>(block, block, in_features, true, gradient);
+      else if (outputs == 1)
+        block_gradients<1>(block, factor, in_features, gradient);
+      else if (outputs == 2)
+        block_gradients<2>(block, factor, in_features, gradient);
+      else
+        block_gradients<3>(block, factor, in_features, gradient);
     }
   }
 }

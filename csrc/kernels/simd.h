@@ -206,9 +206,9 @@ inline void keep_in_memory(T (&array)[N]) {
   asm volatile("" : "+m"(array));
 }
 
-template <bool Value>
+template <auto Value>
 struct Constant {
-  static constexpr bool value = Value;
+  static constexpr auto value = Value;
 };
 
 template <int... I>

@@ -14,7 +14,8 @@ THREADS = (1, 2, 3, 5, 7, 8)
 # AVX2 and scalar kernels where several blocks of panels read them from beyond L2; there 256 strips of a task's rows meet larger blocks of
 # B; work for threads begins at about 40,000 cycles; the rows of a gradient are cut after 16,384. With fewer than 8 outputs a task has 512
 # KiB of x, at least 64 rows, and as many long rows as a vector has lanes, which fill 16 KiB together, are read for 4 and for 2 outputs at
-# once. In a gradient, rows are the depth and in_features the columns.
+# once. In a gradient, rows are the depth and in_features the columns; with fewer than 4 outputs, four rows are read at a time, and 2 KiB of
+# their features.
 SHAPES = [
     (95, 255, 9),
     (96, 256, 8),
@@ -33,6 +34,7 @@ SHAPES = [
     (16500, 9, 9),
     (129, 2049, 1),
     (200, 1111, 3),
+    (75, 1029, 2),
     (700, 400, 7),
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
