@@ -4,6 +4,7 @@
 
 #include "../dispatch/dispatch.h"
 #include "caches.h"
+#include "gemm_rows.h"
 #include "parallel.h"
 
 namespace gdlib {
@@ -346,6 +347,7 @@ PackedMatrix<T>::PackedMatrix(std::size_t depth, std::size_t cols, MatrixView<T>
 template <class T>
 void gemm(const Product<T>& product) {
   if (product.rows == 0 || product.cols == 0) return;
+  if (goes_by_rows(product)) return gemm_by_rows(product);
   Multiplication<T>(product).run();
 }
 

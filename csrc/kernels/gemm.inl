@@ -4,20 +4,20 @@
 namespace gdlib {
 namespace {
 
-// c[Rows, columns] = start + a b, columns from (Vectors - 1) whole vectors and one more element to Vectors whole ones: Rows x Vectors
-// accumulators, one broadcast of a per row and step of depth. Each element is one chain of multiply-adds in the order of depth.
-template <class T, int Rows, int Vectors>
-void gemm_tile(const GemmTile<T>& t) {
+// c[Rows, columns] = start + a b for Rows rows and Vectors vectors of columns from row and column on, of which the last one has `last`
+// elements: Rows x Vectors accumulators, one broadcast of a per row and step of depth. Each element is one chain of multiply-adds in the
+// order of depth. Padded: b may be read past the last column.
+template <class T, int Rows, int Vectors, bool Padded>
+inline __attribute__((always_inline)) void multiply_tile(const GemmTile<T>& t, size_t first_row, size_t column, size_t last) {
   constexpr size_t w = lanes<T>;
-  const size_t last = t.columns - (Vectors - 1) * w;  // elements of the last vector
   const bool whole = last == w;
   Vector<T> sum[Rows][Vectors];  // stays in registers because every loop over it is unrolled
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
-    const T* const from = t.start + r * t.start_stride;
+    const T* const from = t.start ? t.start + (first_row + r) * t.start_stride + column : nullptr;
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v)
-      sum[r][v] = !t.start ? zero<T>() : whole || v < Vectors - 1 ? load(from + v * w) : load_partial(from + v * w, last);
+      sum[r][v] = !from ? zero<T>() : whole || v < Vectors - 1 ? load(from + v * w) : load_partial(from + v * w, last);
   }
   if (t.fetch) {
     constexpr size_t line = 64 / sizeof(T), lines = (Vectors * w + line - 1) / line + 1;  // of a row, which may begin within one
@@ -28,29 +28,72 @@ void gemm_tile(const GemmTile<T>& t) {
   }
   const T* row[Rows];
 #pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) row[r] = t.a + r * t.a_row_stride;
-  const T* b = t.b;
+  for (int r = 0; r < Rows; ++r) row[r] = t.a + (first_row + r) * t.a_row_stride;
+  const T* b = t.b + column;
   const size_t a_step = t.a_depth_stride, b_step = t.b_stride;
   size_t at = 0;
   // Two steps at a time: on a core whose host gives it another thread too, the loop's own instructions cost 10 to 13 % of a tile of AVX2
   // (alone nothing). Four gain no more.
 #pragma GCC unroll 2
   for (size_t d = 0; d < t.depth; ++d, at += a_step, b += b_step) {
-    Vector<T> column[Vectors];
+    Vector<T> columns[Vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) column[v] = load(b + v * w);
+    for (int v = 0; v < Vectors; ++v) columns[v] = Padded || v < Vectors - 1 ? load(b + v * w) : load_partial(b + v * w, last);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const Vector<T> factor = broadcast(row[r][at]);
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(factor, column[v], sum[r][v]);
+      for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(factor, columns[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
-    T* const c = t.c + r * t.c_stride;
+    T* const c = t.c + (first_row + r) * t.c_stride + column;
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) whole || v < Vectors - 1 ? store(c + v * w, sum[r][v]) : store_partial(c + v * w, sum[r][v], last);
+  }
+}
+
+// Columns from (Vectors - 1) whole vectors and one more element to Vectors whole ones.
+template <class T, int Rows, int Vectors>
+void gemm_tile(const GemmTile<T>& t) {
+  multiply_tile<T, Rows, Vectors, true>(t, 0, 0, t.columns - (Vectors - 1) * lanes<T>);
+}
+
+// All columns of Rows rows.
+template <class T, int Rows>
+inline void whole_rows(const GemmTile<T>& t, size_t row) {
+  constexpr size_t w = lanes<T>;
+  size_t k = 0;
+  // Not three and one, which would wait for its chains of additions.
+  for (; t.columns - k > 4 * w; k += 3 * w) multiply_tile<T, Rows, 3, true>(t, row, k, w);
+  if (t.columns - k > 3 * w) {
+    multiply_tile<T, Rows, 2, true>(t, row, k, w);
+    k += 2 * w;
+  }
+  const size_t left = t.columns - k;
+  if (left > 2 * w)
+    multiply_tile<T, Rows, 3, false>(t, row, k, left - 2 * w);
+  else if (left > w)
+    multiply_tile<T, Rows, 2, false>(t, row, k, left - w);
+  else if (left > 0)
+    multiply_tile<T, Rows, 1, false>(t, row, k, left);
+}
+
+// The same for any rows, four at a time, which read and write as many sequences in order.
+template <class T>
+void gemm_rows(size_t rows, const GemmTile<T>& t) {
+  for (size_t row = 0, count; row < rows; row += count) {
+    const size_t left = rows - row;
+    count = left <= 4 ? left : left < 7 ? 3 : 4;
+    if (count == 4)
+      whole_rows<T, 4>(t, row);
+    else if (count == 3)
+      whole_rows<T, 3>(t, row);
+    else if (count == 2)
+      whole_rows<T, 2>(t, row);
+    else
+      whole_rows<T, 1>(t, row);
   }
 }
 

@@ -125,6 +125,9 @@ struct KernelTable {
   // The same for few rows, r of them by gemm_transposed[r - 1], and any columns of b, each a sequence of `depth` elements, b_stride apart.
   void (*gemm_transposed[most_transposed_rows])(const GemmTile<T>& tile);
 
+  // The same for any rows and any columns of a b of which nothing is read past the last column.
+  void (*gemm_rows)(size_t rows, const GemmTile<T>& tile);
+
   // panel[depth][panel_width] = the elements (d, k) of a source with the given strides, one of which is 1, for k < width, and zeros from
   // there on. Columns of b: panel_width is a multiple of `lanes`. Rows of a: it is tile_rows, and the stride of k is 1.
   void (*gemm_pack_columns)(size_t depth, size_t width, const T* source, size_t depth_stride, size_t width_stride, T* panel,
@@ -138,9 +141,6 @@ struct KernelTable {
   // weight_gradient[out, in] += g[rows, out]^T x[rows, in]; bias_gradient[out] += column sums of g (null: skipped). For few outputs.
   void (*linear_gradient)(size_t rows, size_t in_features, size_t out_features, const T* g, const T* x, size_t x_stride,
                           T* weight_gradient, T* bias_gradient);
-
-  // input_gradient[rows, in] = g[rows, out] weight[out, in], for few outputs, at least one.
-  void (*linear_input_gradient)(size_t rows, size_t in_features, size_t out_features, const T* g, const T* weight, T* input_gradient);
 
   // sums[cols] += column sums of g[rows, cols], in the order of rows, which are g_stride apart.
   void (*column_sums)(size_t rows, size_t cols, const T* g, size_t g_stride, T* sums);

@@ -27,11 +27,11 @@ constexpr KernelTable<T> make_table() {
   table.gemm_transposed[1] = gemm_transposed<T, 2>;
   table.gemm_transposed[2] = gemm_transposed<T, 3>;
   table.gemm_transposed[3] = gemm_transposed<T, 4>;
+  table.gemm_rows = gemm_rows<T>;
   table.gemm_pack_columns = gemm_pack_columns<T>;
   table.gemm_pack_rows = gemm_pack_rows<T, Rows>;
   table.linear_forward = linear_forward<T>;
   table.linear_gradient = linear_gradient<T>;
-  table.linear_input_gradient = linear_input_gradient<T>;
   table.column_sums = column_sums<T>;
   table.linear_step = linear_step<T>;
   table.gain_together = gain_together<T>;

@@ -1,0 +1,110 @@
+#include "gemm_rows.h"
+
+#include <algorithm>
+
+#include "../dispatch/dispatch.h"
+#include "caches.h"
+#include "parallel.h"
+
+namespace gdlib {
+namespace {
+
+// Rows of C are read and written in order, and their vectors wait for no tile's begin and end, which is what tiles of panels cost most where
+// there are few steps (1.1 to 1.8 times the time of up to 16, 1.0 to 1.2 of up to 64; AVX2). So many rows visit B three times, however deep
+// it is, which neither copies of it pay for, nor a C that is visited every 16 steps (up to 8 rows: 1.2 to 2.3 times the time, 12: 1.1 to 2).
+constexpr std::size_t few_rows = 12;
+// The same of a B whose rows fall on one set of L1 (12: 0.7 to 1.2 times).
+constexpr std::size_t few_rows_on_a_set = 8;
+// Steps whose lines are in L1 together wherever they lie: as many as a set of the smallest L1 in use holds.
+constexpr std::size_t few_steps = 8;
+// Bytes that one set of that L1 is apart from itself.
+constexpr std::size_t way_bytes = 4096;
+// Steps of a block of depth: beyond, tiles of panels are as fast, and the lines of a column of B or A, one for each step, crowd out rows.
+constexpr std::size_t most_steps = 64;
+// The same of a B that comes from beyond L2: prefetchers follow about as many sequences.
+constexpr std::size_t most_streams = 16;
+// Of the rows of C that are visited together: half of the smallest L1.
+constexpr std::size_t visit_bytes = 16 << 10;
+// For each vector of C, which is read and written.
+constexpr double cycles_to_pass = 1.0;
+
+template <class T>
+bool on_a_set(std::size_t stride) {
+  return stride * sizeof(T) % way_bytes == 0;
+}
+
+template <class T>
+std::size_t most_rows(const Product<T>& p) {
+  return on_a_set<T>(p.b.row_stride) ? few_rows_on_a_set : few_rows;
+}
+
+}  // namespace
+
+template <class T>
+bool goes_by_rows(const Product<T>& p) {
+  if (p.packed || p.b.col_stride != 1) return false;
+  if (p.depth <= few_steps) return true;
+  if (p.a.col_stride != 1 && p.a.col_stride * sizeof(T) >= way_bytes) return false;
+  return p.rows <= most_rows(p) || (p.depth <= most_steps && p.depth * p.cols * sizeof(T) <= l2_bytes() / 4);
+}
+
+template <class T>
+void gemm_by_rows(const Product<T>& p) {
+  const KernelTable<T>& kernel = table<T>();
+  const std::size_t fours = ceil_divide(p.rows, 4), vectors = ceil_divide(p.cols, kernel.lanes);
+  const auto visits = static_cast<double>(p.rows) * static_cast<double>(vectors), steps = static_cast<double>(p.depth);
+  const int threads = threads_for(visits * (steps / 2 + cycles_to_pass));
+  const bool by_rows = p.rows > most_rows(p);  // else each part would read all of B
+  const std::size_t parts = std::min(static_cast<std::size_t>(threads), by_rows ? fours : vectors);
+  const std::size_t in_l2 = p.depth * p.cols * sizeof(T) <= l2_bytes() / 2 ? most_steps : most_streams;
+  const std::size_t depth = on_a_set<T>(p.b.row_stride) ? few_steps : in_l2;
+
+  // Blocks of C in L1: of few rows some columns, else some rows, so that whole ones are written in order.
+  const std::size_t visit_elements = visit_bytes / sizeof(T);
+  const std::size_t visit_rows = by_rows ? std::max<std::size_t>(4, visit_elements / p.cols / 4 * 4) : p.rows;
+  const std::size_t visit_cols = by_rows ? p.cols : std::max(visit_elements / p.rows / kernel.lanes, std::size_t{1}) * kernel.lanes;
+  constexpr std::size_t line = 64 / sizeof(T);
+  static thread_local AlignedVector<T> scratch;  // for blocks of C that is not kept
+  const std::size_t each = p.updated ? ceil_divide(visit_rows * visit_cols, line) * line : 0;
+  scratch.resize(each * parts);
+  T* const memory = scratch.data();
+
+  const auto visit = [&](std::size_t row, std::size_t rows, std::size_t col, std::size_t cols, T* kept) {
+    GemmTile<T> t{};
+    t.a_row_stride = p.a.row_stride;
+    t.a_depth_stride = p.a.col_stride;
+    t.b_stride = p.b.row_stride;
+    t.c = p.updated ? kept : p.c + row * p.c_stride + col;
+    t.c_stride = p.updated ? cols : p.c_stride;
+    t.columns = cols;
+    std::size_t d = 0;
+    do {  // once even when depth is 0: c still gets its start
+      const bool from_c = d > 0 || p.accumulate;
+      t.start = from_c ? t.c : p.bias ? p.bias + col : nullptr;
+      t.start_stride = from_c ? t.c_stride : 0;
+      t.a = p.a.at(row, d);
+      t.b = p.b.at(d, col);
+      t.depth = std::min(depth, p.depth - d);
+      kernel.gemm_rows(rows, t);
+      d += t.depth;
+    } while (d < p.depth);
+    if (p.finish) p.finish({row, rows, col, cols, t.c, t.c_stride});
+  };
+  parallel_for(parts, threads, [&](std::size_t part, std::size_t worker) {
+    const auto cut = [&](std::size_t i) { return (by_rows ? fours : vectors) * i / parts * (by_rows ? 4 : kernel.lanes); };
+    const std::size_t begin = cut(part), last_row = by_rows ? std::min(p.rows, cut(part + 1)) : p.rows;
+    const std::size_t last_col = by_rows ? p.cols : std::min(p.cols, cut(part + 1));
+    for (std::size_t row = by_rows ? begin : 0; row < last_row; row += visit_rows)
+      for (std::size_t col = by_rows ? 0 : begin; col < last_col; col += visit_cols)
+        visit(row, std::min(visit_rows, last_row - row), col, std::min(visit_cols, last_col - col), memory + worker * each);
+  });
+}
+
+#define GDLIB_INSTANTIATE(T)                     \
+  template bool goes_by_rows(const Product<T>&); \
+  template void gemm_by_rows(const Product<T>&);
+GDLIB_INSTANTIATE(float)
+GDLIB_INSTANTIATE(double)
+#undef GDLIB_INSTANTIATE
+
+}  // namespace gdlib
