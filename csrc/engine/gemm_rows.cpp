@@ -9,9 +9,9 @@
 namespace gdlib {
 namespace {
 
-// Rows of C are read and written in order, and their vectors wait for no tile's begin and end, which is what tiles of panels cost most where
-// there are few steps (1.1 to 1.8 times the time of up to 16, 1.0 to 1.2 of up to 64; AVX2). So many rows visit B three times, however deep
-// it is, which neither copies of it pay for, nor a C that is visited every 16 steps (up to 8 rows: 1.2 to 2.3 times the time, 12: 1.1 to 2).
+// Rows of C are read and written in order, and their vectors wait for no tile's begin and end, which is what tiles of panels cost most
+// where there are few steps (1.1 to 1.8 times the time of up to 16, 1.0 to 1.2 of up to 64; AVX2). So many rows visit B three times,
+// however deep it is, which neither copies of it pay for, nor a C that is visited every 16 steps (up to 8 rows: 1.2 to 2.3 times the time).
 constexpr std::size_t few_rows = 12;
 // The same of a B whose rows fall on one set of L1 (12: 0.7 to 1.2 times).
 constexpr std::size_t few_rows_on_a_set = 8;
@@ -25,8 +25,8 @@ constexpr std::size_t most_steps = 64;
 constexpr std::size_t most_streams = 16;
 // Of the rows of C that are visited together: half of the smallest L1.
 constexpr std::size_t visit_bytes = 16 << 10;
-// For each vector of C, which is read and written.
-constexpr double cycles_to_pass = 1.0;
+// For each element of A and B, next to 2 multiply-adds of a vector in a cycle.
+constexpr double cycles_to_read = 0.5;
 
 template <class T>
 bool on_a_set(std::size_t stride) {
@@ -36,6 +36,14 @@ bool on_a_set(std::size_t stride) {
 template <class T>
 std::size_t most_rows(const Product<T>& p) {
   return on_a_set<T>(p.b.row_stride) ? few_rows_on_a_set : few_rows;
+}
+
+// For blocks of C that is not kept: a step of training asks for the same sizes again.
+template <class T>
+T* scratch_of(std::size_t elements) {
+  static thread_local AlignedVector<T> scratch;
+  scratch.resize(elements);
+  return scratch.data();
 }
 
 }  // namespace
@@ -53,21 +61,21 @@ void gemm_by_rows(const Product<T>& p) {
   const KernelTable<T>& kernel = table<T>();
   const std::size_t fours = ceil_divide(p.rows, 4), vectors = ceil_divide(p.cols, kernel.lanes);
   const auto visits = static_cast<double>(p.rows) * static_cast<double>(vectors), steps = static_cast<double>(p.depth);
-  const int threads = threads_for(visits * (steps / 2 + cycles_to_pass));
-  const bool by_rows = p.rows > most_rows(p);  // else each part would read all of B
+  const auto read = static_cast<double>(p.rows + p.cols);
+  const int threads = threads_for(steps * (visits / 2 + cycles_to_read * read));
+  // By columns, no two parts read the same of B, which is most of the work of few rows and many steps.
+  const bool by_rows = p.depth <= few_steps ? fours >= static_cast<std::size_t>(threads) : p.rows > most_rows(p);
   const std::size_t parts = std::min(static_cast<std::size_t>(threads), by_rows ? fours : vectors);
   const std::size_t in_l2 = p.depth * p.cols * sizeof(T) <= l2_bytes() / 2 ? most_steps : most_streams;
-  const std::size_t depth = on_a_set<T>(p.b.row_stride) ? few_steps : in_l2;
+  const std::size_t depth = on_a_set<T>(p.b.row_stride) && !by_rows ? few_steps : in_l2;  // a small B comes from L2 anyway
 
   // Blocks of C in L1: of few rows some columns, else some rows, so that whole ones are written in order.
   const std::size_t visit_elements = visit_bytes / sizeof(T);
   const std::size_t visit_rows = by_rows ? std::max<std::size_t>(4, visit_elements / p.cols / 4 * 4) : p.rows;
   const std::size_t visit_cols = by_rows ? p.cols : std::max(visit_elements / p.rows / kernel.lanes, std::size_t{1}) * kernel.lanes;
   constexpr std::size_t line = 64 / sizeof(T);
-  static thread_local AlignedVector<T> scratch;  // for blocks of C that is not kept
-  const std::size_t each = p.updated ? ceil_divide(visit_rows * visit_cols, line) * line : 0;
-  scratch.resize(each * parts);
-  T* const memory = scratch.data();
+  const std::size_t each = ceil_divide(visit_rows * visit_cols, line) * line;
+  T* const memory = p.updated ? scratch_of<T>(each * parts) : nullptr;
 
   const auto visit = [&](std::size_t row, std::size_t rows, std::size_t col, std::size_t cols, T* kept) {
     GemmTile<T> t{};

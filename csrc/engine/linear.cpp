@@ -129,11 +129,19 @@ void linear_input_gradient(std::size_t rows, std::size_t in_features, std::size_
     if (activation != Activation::none) chain(Block<T>{0, rows, 0, in_features, input_gradient, in_features});
     return;
   }
-  Product<T> p{rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}};
-  p.c = input_gradient;
-  p.c_stride = in_features;
-  if (activation != Activation::none) p.finish = chain;
-  gemm(p);
+  if (out_features >= few_output_gradients || out_features == 0) {
+    Product<T> p{rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}};
+    p.c = input_gradient;
+    p.c_stride = in_features;
+    if (activation != Activation::none) p.finish = chain;
+    return gemm(p);
+  }
+  const std::size_t task_rows = rows_per_task(in_features, out_features, sizeof(T));
+  parallel_for(ceil_divide(rows, task_rows), threads_for(cycles_of(rows, in_features, out_features)), [&](std::size_t task, std::size_t) {
+    const std::size_t begin = task * task_rows, count = std::min(task_rows, rows - begin);
+    kernel.linear_input_gradient(count, in_features, out_features, g + begin * out_features, weight, input_gradient + begin * in_features);
+    if (activation != Activation::none) chain(Block<T>{begin, count, 0, in_features, input_gradient + begin * in_features, in_features});
+  });
 }
 
 template <class T>

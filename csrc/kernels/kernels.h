@@ -142,6 +142,9 @@ struct KernelTable {
   void (*linear_gradient)(size_t rows, size_t in_features, size_t out_features, const T* g, const T* x, size_t x_stride,
                           T* weight_gradient, T* bias_gradient);
 
+  // input_gradient[rows, in] = g[rows, out] weight[out, in], for few outputs, at least one.
+  void (*linear_input_gradient)(size_t rows, size_t in_features, size_t out_features, const T* g, const T* weight, T* input_gradient);
+
   // sums[cols] += column sums of g[rows, cols], in the order of rows, which are g_stride apart.
   void (*column_sums)(size_t rows, size_t cols, const T* g, size_t g_stride, T* sums);
 

@@ -207,5 +207,32 @@ void linear_gradient(size_t rows, size_t in_features, size_t out_features, const
   }
 }
 
+// The same of Rows rows: vectors of their columns in order, so that as many sequences are written, and a weight is loaded once for them.
+template <int Rows, class T>
+inline void input_gradient_of_rows(size_t in_features, size_t out_features, const T* g, const T* weight, T* input_gradient) {
+  each_vector<T>(in_features, [&](size_t j, size_t count) __attribute__((always_inline)) {
+    Vector<T> sum[Rows], weights = load_up_to(weight + j, count);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) sum[r] = broadcast(g[r * out_features]) * weights;
+    for (size_t o = 1; o < out_features; ++o) {
+      weights = load_up_to(weight + o * in_features + j, count);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) sum[r] = fma(broadcast(g[r * out_features + o]), weights, sum[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) store_up_to(input_gradient + r * in_features + j, sum[r], count);
+  });
+}
+
+// input_gradient[rows, in] = g[rows, out] weight[out, in]
+template <class T>
+void linear_input_gradient(size_t rows, size_t in_features, size_t out_features, const T* g, const T* weight, T* input_gradient) {
+  size_t r = 0;
+  for (; r + 4 <= rows; r += 4)
+    input_gradient_of_rows<4>(in_features, out_features, g + r * out_features, weight, input_gradient + r * in_features);
+  for (; r < rows; ++r)
+    input_gradient_of_rows<1>(in_features, out_features, g + r * out_features, weight, input_gradient + r * in_features);
+}
+
 }  // namespace
 }  // namespace gdlib

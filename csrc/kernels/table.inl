@@ -32,6 +32,7 @@ constexpr KernelTable<T> make_table() {
   table.gemm_pack_rows = gemm_pack_rows<T, Rows>;
   table.linear_forward = linear_forward<T>;
   table.linear_gradient = linear_gradient<T>;
+  table.linear_input_gradient = linear_input_gradient<T>;
   table.column_sums = column_sums<T>;
   table.linear_step = linear_step<T>;
   table.gain_together = gain_together<T>;

@@ -246,6 +246,8 @@ void check_kernels() {
     check_step<T>(530, 100, out);
   }
   check_layer<T>(130, 300, 100);  // several blocks of depth and rows
+  check_layer<T>(7, 1100, 75);    // by whole rows in blocks of columns and depth
+  check_layer<T>(5, 1024, 20);    // the same of rows that fall on one set of L1
   for (std::size_t rows : {1, 9, 27, 67}) check_copied_strips<T>(rows, 100, 43);
   for (std::size_t n = 1; n < 40; ++n) {
     check_packed_rows<T>(n);
