@@ -65,8 +65,8 @@ struct Product {
   T* c = nullptr;                           // row-major
   std::size_t c_stride = 0;
   BlockVisitor<T> finish = {};
-  // A matrix laid out as c that `finish` updates with c's blocks, which are of no further use: it is fetched into the cache ahead, and what
-  // c holds is unspecified. Not with `accumulate`.
+  // A matrix laid out as c that `finish` updates with c's blocks, which are of no further use: it may be fetched into the cache ahead, and
+  // what c holds is unspecified. Not with `accumulate`.
   const T* updated = nullptr;
 };
 

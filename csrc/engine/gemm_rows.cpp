@@ -23,7 +23,7 @@ constexpr std::size_t way_bytes = 4096;
 constexpr std::size_t most_steps = 64;
 // The same of a B that comes from beyond L2: prefetchers follow about as many sequences.
 constexpr std::size_t most_streams = 16;
-// Of the rows of C that are visited together: half of the smallest L1.
+// Of the rows of C that are visited together, half of the smallest L1, and of one of them.
 constexpr std::size_t visit_bytes = 16 << 10;
 // For each element of A and B, next to 2 multiply-adds of a vector in a cycle.
 constexpr double cycles_to_read = 0.5;
@@ -69,12 +69,13 @@ void gemm_by_rows(const Product<T>& p) {
   const std::size_t in_l2 = p.depth * p.cols * sizeof(T) <= l2_bytes() / 2 ? most_steps : most_streams;
   const std::size_t depth = on_a_set<T>(p.b.row_stride) && !by_rows ? few_steps : in_l2;  // a small B comes from L2 anyway
 
-  // Blocks of C in L1: of few rows some columns, else some rows, so that whole ones are written in order.
+  // Blocks of C in a cache: of few rows some columns, else some rows, so that whole ones are written in order.
   const std::size_t visit_elements = visit_bytes / sizeof(T);
-  const std::size_t visit_rows = by_rows ? std::max<std::size_t>(4, visit_elements / p.cols / 4 * 4) : p.rows;
-  const std::size_t visit_cols = by_rows ? p.cols : std::max(visit_elements / p.rows / kernel.lanes, std::size_t{1}) * kernel.lanes;
+  const std::size_t some_cols = std::max<std::size_t>(1, visit_elements / p.rows / kernel.lanes) * kernel.lanes;
+  const std::size_t visit_cols = std::min(p.cols, by_rows ? visit_elements : some_cols);
+  const std::size_t visit_rows = std::min(p.rows, by_rows ? std::max<std::size_t>(4, visit_elements / visit_cols / 4 * 4) : p.rows);
   constexpr std::size_t line = 64 / sizeof(T);
-  const std::size_t each = ceil_divide(visit_rows * visit_cols, line) * line;
+  const std::size_t each = p.updated ? ceil_divide(visit_rows * visit_cols, line) * line : 0;
   T* const memory = p.updated ? scratch_of<T>(each * parts) : nullptr;
 
   const auto visit = [&](std::size_t row, std::size_t rows, std::size_t col, std::size_t cols, T* kept) {

@@ -5,7 +5,7 @@
 
 namespace gdlib {
 
-// Whether this product is one: its B is read where it lies, for few rows or so few steps that a cache holds them.
+// Whether this product is one: its B is read where it lies, for few rows, few steps, or some steps of a small B.
 template <class T>
 bool goes_by_rows(const Product<T>& product);
 

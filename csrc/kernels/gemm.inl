@@ -24,7 +24,7 @@ inline __attribute__((always_inline)) void multiply_tile(const GemmTile<T>& t, s
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-      for (size_t l = 0; l < lines; ++l) prefetch_to_write(t.fetch + r * t.fetch_stride + l * line);
+      for (size_t l = 0; l < lines; ++l) prefetch_to_write(t.fetch + (first_row + r) * t.fetch_stride + column + l * line);
   }
   const T* row[Rows];
 #pragma GCC unroll 16

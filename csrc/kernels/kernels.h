@@ -93,7 +93,7 @@ struct GemmTile {
   const T* a;              // [rows, depth], elements a_row_stride and a_depth_stride apart
   size_t a_row_stride;
   size_t a_depth_stride;
-  const T* b;              // [depth, columns], rows b_stride apart; whole vectors are read, past the last column too
+  const T* b;              // [depth, columns], rows b_stride apart; gemm_tile reads whole vectors, past the last column too
   size_t b_stride;
   const T* start;          // [rows, columns], rows start_stride apart (0: one row for all), or null: zeros; may be c
   size_t start_stride;

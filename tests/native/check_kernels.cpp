@@ -216,10 +216,10 @@ void check_packed_rows(std::size_t depth) {
   }
 }
 
-// A product whose left operand lies in columns 1 KiB apart, in memory that ends where they end: its strips are laid out anew.
+// A product whose left operand lies in columns 4 KiB apart, in memory that ends where they end: its strips are laid out anew.
 template <class T>
 void check_copied_strips(std::size_t rows, std::size_t cols, std::size_t depth) {
-  const std::size_t apart = 1024 / sizeof(T);
+  const std::size_t apart = 4096 / sizeof(T);
   const auto a = numbers<T>((depth - 1) * apart + rows, 27), b = numbers<T>(depth * cols, 28);
   std::vector<T> c(rows * cols);
   gdlib::Product<T> product{rows, cols, depth, {a.data(), 1, apart}, {b.data(), cols, 1}};
