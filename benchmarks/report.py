@@ -121,11 +121,11 @@ minutes at a time everything is 1.3 to 1.6 times as slow, which single calls and
   in turn (blocks of depth of 1 KiB 0.76 to 0.94, of 512 bytes 0.55 to 0.70 of the rate), whole depths of 8 KiB, 288 and 448 KiB of L2,
   tiles of 6 x 2 vectors for 4 x 3, rows of A or panels of B asked for ahead, blocks of depth of 1 and 2 KiB (up to 18 % slower), L2 filled
   by half. Products of up to 12 rows, or of up to 64 steps with a B in a fourth of L2, are computed by whole rows, four at a time:
-  gradients of small batches, of 4 to 12 outputs and of small layers 1.1 to 2.3 times as fast (1 x 784 -> 64 1.6, 128 x 784 -> 10 1.5,
-  input gradients of 4 x 1000 -> 1000 1.5 to 1.9). A B whose rows are a multiple of a page apart is read in 8 steps at a time then, one
-  from beyond L2 in 16 (64 took up to twice as long). Tried without gain: a vector of each row at a time (0.7 to 1.2), 16 and 24 rows (0.6
-  to 1.4). Weight gradients of up to 3 outputs read rows once for all of them, four at a time: 1.0 to 2.3 times as fast (455 x 2043 -> 2 in
-  float64 1.6); the same way for the fused step gave 0.86 to 1.06.
+  gradients of 40 random shapes 1.2 times as fast in the geometric mean, 0.8 to 2.1 each; of small batches, of 4 to 12 outputs and of small
+  layers up to 2.3 times (1 x 784 -> 64 1.6, 128 x 784 -> 10 1.5, input gradients of 4 x 1000 -> 1000 1.5 to 1.9). A B whose rows are a
+  multiple of a page apart is read in 8 steps at a time then, one from beyond L2 in 16 (64 took up to twice as long). Tried without gain: a
+  vector of each row at a time (0.7 to 1.2), 16 and 24 rows (0.6 to 1.4). Weight gradients of up to 3 outputs read rows once for all of
+  them, four at a time: 1.0 to 2.3 times as fast (455 x 2043 -> 2 in float64 1.6); the same way for the fused step gave 0.86 to 1.06.
 - One row on the Zen 3, by two vectors in turns, reaches 0.87 to 0.98 of NumPy in 1499 -> 419, in float64 too (before 0.63 to 0.76); 4096 x
   4096 gives 0.91 to 1.04, and 1024 x 1024, whose rows fall on one set of L1, 0.66 to 0.79 in float32. Tried without gain: two or four
   neighbouring rows in turns (0.6 to 1.2), four tasks in turns in a loop alone, turns that go on from block to block (5 % slower); by

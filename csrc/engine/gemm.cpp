@@ -37,8 +37,6 @@ constexpr std::size_t depth_copied = 8;
 constexpr std::size_t tiles_to_pack_b = 3, tiles_to_pack_small_b = 65;
 // Cycles for each element packed, a transposition (from L2), next to 2 multiply-adds of a vector in a cycle.
 constexpr double cycles_to_pack = 0.25;
-// And for each element of A and B that a part reads, which another core may have written.
-constexpr double cycles_to_read = 0.5;
 // From tasks of so many cycles on, about 2 ms, each is cut in two, so that a core which is shared with others takes fewer of them. More
 // pieces cost: at 2,048^3, 4 for each thread reach 460 GFLOP/s, 2 reach 500 and 1 reaches 510.
 constexpr double cycles_of_task = 8'000'000;

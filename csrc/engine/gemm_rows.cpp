@@ -25,8 +25,6 @@ constexpr std::size_t most_steps = 64;
 constexpr std::size_t most_streams = 16;
 // Of the rows of C that are visited together, half of the smallest L1, and of one of them.
 constexpr std::size_t visit_bytes = 16 << 10;
-// For each element of A and B, next to 2 multiply-adds of a vector in a cycle.
-constexpr double cycles_to_read = 0.5;
 
 template <class T>
 bool on_a_set(std::size_t stride) {

@@ -86,7 +86,7 @@ struct ShuffleKeys {
   uint32_t shift;               // ceil(bits / 2)
 };
 
-// One register tile of a product: see KernelTable::gemm_tile.
+// One register tile of a product, or whole rows of one: see KernelTable::gemm_tile and gemm_rows.
 template <class T>
 struct GemmTile {
   size_t depth;

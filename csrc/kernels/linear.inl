@@ -144,7 +144,7 @@ inline void block_gradients(const Block<T>& block, const T (*factor)[Block<T>::m
   for (size_t begin = 0, end; begin < in_features; begin = end) {
     end = in_features - begin < piece ? in_features : begin + piece;
     const auto add_rows = [&](size_t l, auto rows, auto first, auto last) __attribute__((always_inline)) {
-      const auto add = [&](size_t j, size_t count) __attribute__((always_inline)) {
+      const auto visit = [&](size_t j, size_t count) __attribute__((always_inline)) {
         Vector<T> x[rows.value];
 #pragma GCC unroll 4
         for (int r = 0; r < rows.value; ++r) x[r] = load_up_to(block.row[l + r] + j, count);
@@ -158,8 +158,8 @@ inline void block_gradients(const Block<T>& block, const T (*factor)[Block<T>::m
         }
       };
       size_t j = begin;
-      for (; j + lanes<T> <= end; j += lanes<T>) add(j, lanes<T>);
-      if (j < end) add(j, end - j);
+      for (; j + lanes<T> <= end; j += lanes<T>) visit(j, lanes<T>);
+      if (j < end) visit(j, end - j);
     };
     const auto add = [&](size_t l, auto rows) __attribute__((always_inline)) {
       const bool last = l + rows.value == block.present;
@@ -178,7 +178,7 @@ inline void block_gradients(const Block<T>& block, const T (*factor)[Block<T>::m
 template <class T>
 void linear_gradient(size_t rows, size_t in_features, size_t out_features, const T* g, const T* x, size_t x_stride, T* weight_gradient,
                      T* bias_gradient) {
-  constexpr size_t most = 3;  // outputs at a time: four rows and their factors fill the registers
+  constexpr size_t most = 3;  // outputs at a time: layers with more go through products
   const bool one_chain = in_features > 3 * lanes<T>;
   Block<T> block;
   T factor[most][Block<T>::most] __attribute__((aligned(lane_bytes)));

@@ -314,8 +314,8 @@ def test_a_server_with_keys_asks_for_one(visit, serve, model, tmp_path):
 
     gdlib.save(model, tmp_path / "models/diabetes/1/model.safetensors")
     key = add_key(tmp_path / "keys.json", "page", ["models:*"])
-    url = serve(create_app(tmp_path / "models", keys=tmp_path / "keys.json"))
-    page = visit(url, ready="#key", ignore="401|403")  # the browser itself reports every refusal
+    app = create_app(tmp_path / "models", keys=tmp_path / "keys.json")
+    page = visit(serve(app), ready="#key", ignore="401|403")  # the browser itself reports every refusal
     assert "wants an access key" in page.locator("#notice").inner_text()
     assert violations(page) == []
     page.get_by_label("Access key").fill("wrong")
@@ -346,8 +346,7 @@ def test_a_model_that_is_replaced_is_explained_anew(visit, serve, tmp_path):
     line.load_state_dict({"weight": [[2.0]], "bias": [1.0]})
     gdlib.save(line, path, feature_ranges=[[3, 3]])
     repository = Repository(tmp_path, settle_seconds=0.0)
-    url = serve(App(repository))
-    page = visit(url)
+    page = visit(serve(App(repository)))
     predict(page)
     assert page.locator(".contributions td:last-child").all_inner_texts() == ["+6.000", "+1.000", "7.000"]
     line.load_state_dict({"weight": [[-5.0]], "bias": [1.0]})
@@ -373,8 +372,7 @@ def test_a_model_with_several_inputs(visit, serve, tmp_path):
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     (tmp_path / "add/1").mkdir(parents=True)
     onnx.save(made, tmp_path / "add/1/model.onnx")
-    url = serve(create_app(tmp_path))
-    page = visit(url, ready="#inputs")
+    page = visit(serve(create_app(tmp_path)), ready="#inputs")
     box = page.get_by_label("Inputs, as JSON")
     box.fill(box.input_value().replace("[0,0]", "[1.5,-4]", 1))
     predict(page)
@@ -396,7 +394,7 @@ def test_under_a_mount_point(visit, serve, model, tmp_path):
         inner = environ | {"SCRIPT_NAME": "/deep/predictor", "PATH_INFO": environ["PATH_INFO"].removeprefix("/deep/predictor")}
         return app(inner, start_response)
 
-    url = serve(mounted)
-    page = visit(f"{url}/deep/predictor")
+    url = f"{serve(mounted)}/deep/predictor"
+    page = visit(url)
     predict(page)
-    assert page.url == f"{url}/deep/predictor/#diabetes/1"
+    assert page.url == f"{url}/#diabetes/1"
