@@ -53,7 +53,8 @@ void weight_product_in_parts(std::size_t rows, std::size_t in_features, std::siz
   };
   if (n <= most_partial / 4) {
     AlignedVector<T> partials(parts * n);
-    parallel_for(parts, threads_for(cycles_of(rows, in_features, out_features)), [&](std::size_t i, std::size_t) { part(i, partials.data() + i * n); });
+    parallel_for(parts, threads_for(cycles_of(rows, in_features, out_features)),
+                 [&](std::size_t i, std::size_t) { part(i, partials.data() + i * n); });
     return sum_partials(parts, n, partials.data(), true, weight_gradient);
   }
   std::vector<double> sums(weight_gradient, weight_gradient + n);

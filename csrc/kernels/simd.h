@@ -206,6 +206,14 @@ inline void keep_in_memory(T (&array)[N]) {
   asm volatile("" : "+m"(array));
 }
 
+// The address, of which the compiler must not know what else it is: where a loop has many, it would keep a register for each, or more than
+// there are.
+template <class T>
+inline const T* as_computed(const T* address) {
+  asm("" : "+r"(address));
+  return address;
+}
+
 template <auto Value>
 struct Constant {
   static constexpr auto value = Value;
