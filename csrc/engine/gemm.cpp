@@ -82,7 +82,7 @@ class Multiplication {
   Multiplication(const Product<T>& product)
       : p_(product),
         kernel_(table<T>()),
-        panels_(product.cols, kernel_.lanes, kernel_.tile_vectors),
+        panels_(product.cols, kernel_.lanes, few_rows() ? 1 : kernel_.tile_vectors),  // what threads share
         row_tiles_(ceil_divide(product.rows, kernel_.tile_rows)),
         small_b_(product.depth * product.cols * sizeof(T) <= l2_bytes() / 4),
         unpacked_(!product.packed && product.b.col_stride == 1 && row_tiles_ < (small_b_ ? tiles_to_pack_small_b : tiles_to_pack_b)),
@@ -176,7 +176,7 @@ class Multiplication {
   // Few rows, to which each element of B is of little use: it is not copied first.
   bool few_rows() const {
     const bool transposed = p_.b.row_stride == 1 && p_.b.col_stride != 1;
-    return p_.rows <= most_transposed_rows && transposed && !p_.packed && !p_.updated;
+    return p_.rows <= kernel_.transposed_rows && transposed && !p_.packed && !p_.updated;
   }
 
   void run_few_rows(std::size_t col, std::size_t end) const {

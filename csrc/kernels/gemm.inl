@@ -202,7 +202,7 @@ inline void transposed_columns(const GemmTile<T>& t, size_t k) {
 #pragma GCC unroll 16
       for (size_t i = 0; i < w; ++i)
         if (all.value || i < count)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int r = 0; r < Rows; ++r) {
             const T factor = t.a[r * t.a_row_stride + (d + i) * (Neighbours ? 1 : t.a_depth_stride)];
             sum[c][r] = fma(broadcast(factor), column[i], sum[c][r]);
@@ -286,6 +286,14 @@ template <class T, int Rows>
 void gemm_pack_rows(size_t depth, size_t width, const T* source, size_t depth_stride, T* panel) {
   constexpr int n = Rows < (int)lanes<T> ? Rows : (int)lanes<T>;
   for (size_t k = 0; k < Rows; k += n) pack_straight<T, n>(depth, width > k ? width - k : 0, source + k, depth_stride, panel + k, Rows);
+}
+
+// The table's kernels for up to Rows rows.
+template <class T, int Rows>
+constexpr void fill_transposed(KernelTable<T>& table) {
+  if (table.transposed_rows < (size_t)Rows) table.transposed_rows = Rows;
+  table.gemm_transposed[Rows - 1] = gemm_transposed<T, Rows>;
+  if constexpr (Rows > 1) fill_transposed<T, Rows - 1>(table);
 }
 
 // The table's tiles of every height up to Rows and every width up to Vectors.

@@ -106,7 +106,6 @@ struct GemmTile {
 
 constexpr size_t most_tile_rows = 8;
 constexpr size_t most_tile_vectors = 3;
-constexpr size_t most_transposed_rows = 4;
 
 // What may follow a linear layer; none: nothing does.
 enum class Activation { none, relu, tanh, sigmoid };
@@ -122,8 +121,10 @@ struct KernelTable {
   size_t lanes;  // elements of a vector
   void (*gemm_tile[most_tile_rows][most_tile_vectors])(const GemmTile<T>& tile);
 
-  // The same for few rows, r of them by gemm_transposed[r - 1], and any columns of b, each a sequence of `depth` elements, b_stride apart.
-  void (*gemm_transposed[most_transposed_rows])(const GemmTile<T>& tile);
+  // The same for few rows, r of them by gemm_transposed[r - 1] for r up to transposed_rows, and any columns of b, each a sequence of
+  // `depth` elements, b_stride apart.
+  size_t transposed_rows;
+  void (*gemm_transposed[most_tile_rows])(const GemmTile<T>& tile);
 
   // The same for any rows and any columns of a b of which nothing is read past the last column.
   void (*gemm_rows)(size_t rows, const GemmTile<T>& tile);
