@@ -59,9 +59,10 @@ minutes at a time everything is 1.3 to 1.6 times as slow, which single calls and
   4.4 times as fast as PyTorch's, so that 3 and 5 times cannot be had. A core can wait for some 24 lines that its own instructions asked
   for, which is 16 GB/s; the prefetcher of its L2, which follows reading in order, keeps more on their way (28 GB/s). So rows up to 8 KiB
   are read in order and once: those that the registers hold for both uses at once (one core, 100 features: 28 GB/s, before 21; float64 27,
-  before 17), longer ones by the dot product of each together with the gradient of the one before, lines 16 KiB ahead being asked for (1,000
-  features: 24 to 26 GB/s, before 21; float64 22 to 25, before 21). Tried for these: two and four rows at a time (23, 21), lines 2, 4 and 8
-  KiB ahead (15, 18, 20), none (19; float64 14), every second and fourth (15, 18), into L1 (11); rows in blocks, twice (21).
+  before 17; with AVX-512, rows of 4 to 16 vectors without asking for lines ahead, which cost them 5 to 25 %), longer ones by the dot
+  product of each together with the gradient of the one before, lines 16 KiB ahead being asked for (1,000 features: 24 to 26 GB/s, before
+  21; float64 22 to 25, before 21). Tried for these: two and four rows at a time (23, 21), lines 2, 4 and 8 KiB ahead (15, 18, 20), none
+  (19; float64 14), every second and fourth (15, 18), into L1 (11); rows in blocks, twice (21).
 - 2048^3: one core alone reaches 93 to 95 % of the FMA peak forward and 92 to 93 % in the gradients (before 90 and 87 %), two 85 to 96 %.
   What it took: the sums of a tile went over the stack at its begin and end, 300 cycles each time (loops that were not unrolled); tiles of C
   are asked for ahead, to be written (3 %); panels of B fill three fourths of L2 and not half (1 %); groups of copied strips meet 3 MiB of B
@@ -77,10 +78,12 @@ minutes at a time everything is 1.3 to 1.6 times as slow, which single calls and
   One thread takes 10.5 us for 32 rows (before 11.1) and 75.4 us for 256 (before 77), 76 and 84 % of the peak: a tile of 64 steps reaches 96
   % of it and more; layouts, activations and updates are the rest. Loading halves of rows in place of shuffles in the layouts cost 1 to 3 %
   elsewhere, and tiles without divisions gained nothing.
-- Cost against features: a row of 64 takes 12 ns (21 GB/s), one of 256 42 (25 GB/s), in the machine's slow minutes 17.5 and 58. What a row
-  costs beyond its bytes, 2 to 4 ns, shows in short ones: exponents of 0.82 to 0.92. Tried: lines 16 KiB ahead asked for (no gain from 64 to
-  256 features); sums over lanes that are made for several rows together, which pays for 16 rows of one vector (10 features from memory 2.3
-  ns a row for 3.7, from L2 1.05 to 1.2 times as fast), not for 8 of two (0.85 to 1.17) or fewer of more (0.6 to 1.1).
+- Cost against features: an exponent of 0.89 in the table. What a row costs beyond its bytes, 2 to 4 ns, shows in short ones. Since that
+  report rows of 64 to 256 features are read without asking for lines ahead: one core takes 10.2 to 12 ns for 64 (before 11.2 to 12.7), 16
+  to 17.6 for 100 (19.4 to 21.4), 41 for 256 (51 to 54), alternating; a call of `fit` and a new model, 0.15 ms, are 4 % of an epoch of 64
+  features. Tried: lines 4 and 32 KiB ahead (as 16 KiB, or slower), 24 and 32 vectors of a row in registers (up to 30 % slower than in
+  turns); sums over lanes that are made for several rows together, which pays for 16 rows of one vector (10 features from memory 2.3 ns a
+  row for 3.7, from L2 1.05 to 1.2 times as fast), not for 8 of two (0.85 to 1.17) or fewer of more (0.6 to 1.1).
 - Shuffled epochs: 1.3 to 2.6 times as fast as before where two threads share a batch, 1.1 to 1.9 times on one. Rows and their targets are
   asked for along with the arithmetic, a block of rows or 64 rows before; a batch is cut into pieces of 32 KiB and more (256 x 100, one
   thread: 45 ns a row, 41 with its targets asked for; two threads 28 to 34). A core waits for 24 lines, 7 or 8 a row, at about 120 ns: 40
@@ -92,12 +95,19 @@ minutes at a time everything is 1.3 to 1.6 times as slow, which single calls and
   machine are one core of its host: two threads that share nothing, each with a CPU of its own and no time stolen, then do as much together
   as one alone (10 of 600 measurements of 20 ms, one to four in a row). After NumPy's products its threads spin for 0.1 s, and what shares
   work meanwhile is half as fast: contenders rest for longer.
-- One machine is not another. A report on the Zen 4, from before rows were extended once and A was laid out anew for AVX2, gave 3,380x
-  PyTorch, 13.6x scikit-learn and 6.62x JAX in the reference program, 3.1 us for a step of its readable loop and 0.49 us for one row;
-  descents at 91 % of the read bandwidth, 2.50x NumPy and 4.00x PyTorch with 1,000 features; SGD epochs 12.3x scikit-learn in order and
-  17.5x shuffled; products 1.28x, the least 1.02x, and 85 % of the FMA peak at 2048^3; networks 1.57x, the least 1.08x, at the peak; 1.70x
-  by two threads where the least was gained. On a Zen 5 with 43 GB/s and 270 GFLOP/s for one core, before all that is said above, the code
-  was 13.9x scikit-learn in SGD epochs, 1.54x in networks, 1.28x in products and 1.61x NumPy in descents.
+- One machine is not another. The table is of a Zen 4, and of the code before rows of several lines were left to the prefetcher and up to
+  eight rows transposed weights in registers. Of an earlier report there, networks were 1.57x and the least 1.08x, 2048^3 at 85 % of the
+  peak, the least gain of two threads 1.70x and the descents of 1,000 features 4.00x PyTorch: these rows differ so from hour to hour. On a
+  Zen 5 with 43 GB/s and 270 GFLOP/s for one core, long before, the code was 13.9x scikit-learn in SGD epochs, 1.54x in networks, 1.28x in
+  products and 1.61x NumPy in descents. The last report on a Zen 3, in a slow hour: the reference program as below, 7.22 us for a step of
+  its readable loop, 0.86 us for one row; descents at 76 % of the read bandwidth, 2.08x NumPy and 3.39x PyTorch; products 1.21x, the least
+  0.89x, 66 % of the peak at 2048^3; networks 1.43x, the least 1.01x; two threads 1.64x.
+- Few rows with AVX-512 (Zen 4; since the report): up to eight, and not four, transpose weights in registers, 1.2 to 2.1 times as fast as by
+  copied weights (8 x 2000 -> 2000 720 us for 1,140), and two threads share them by vectors of outputs (5 x 2972 -> 21 7 us for 14.5). One
+  row through weights from L3 is 1.13 times as fast on one core, but 0.7 to 0.9 of NumPy's matrix-vector product, which sums along the rows:
+  a block of 16 x 16 takes 64 cycles of shuffles here, and as many in its chain of additions. Tried: two vectors in turns, and quarters of
+  lines that are loaded into their lanes (32 shuffles and 64 loads): as fast. Products by whole rows are worth as much here as on the Zen 3:
+  few rows 1.2 to 1.3 times as fast in the geometric mean, few steps 1.06 to 1.12, a small B 1.00 to 1.02.
 - The Zen 3: five reports gave 1,606, 2,836, 3,579, 3,588 and 3,655x PyTorch, 6.55, 10.0, 13.7, 12.8 and 12.6x scikit-learn and 3.53, 5.42,
   7.51, 7.51 and 7.21x JAX in the reference program, 7.6, 10.5, 9.80, 11.2 and 11.2x scikit-learn in SGD epochs in order, 1.13, 1.20, 1.19,
   1.15 and 1.21x in products, 1.45, 1.44, 1.35, 1.51 and 1.43x in networks; the last three are of nearly the same code for networks, in
