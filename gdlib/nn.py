@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,7 +48,7 @@ class Linear(Model):
         self.weight = Parameter(self._arena, 0, (self.out_features, self.in_features), "weight")
         self.bias = Parameter(self._arena, weights, (self.out_features,), "bias") if bias else None
         seed = validation.fresh_seed() if seed is None else validation.as_seed(seed)
-        _core.fill_uniform(seed, 1.0 / np.sqrt(self.in_features), self._arena.data)
+        _core.fill_uniform(seed, 1.0 / math.sqrt(self.in_features), self._arena.data)
         self._input: npt.NDArray[Any] | None = None
 
     def named_parameters(self) -> list[tuple[str, Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ class Arena:
     def view(self, begin: int, shape: tuple[int, ...]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Data and gradient from `begin` on, for one who never hands out this very view of the data. The arena keeps it."""
         if (begin, shape) not in self._views:
-            end = begin + int(np.prod(shape))
+            end = begin + math.prod(shape)
             self._views[begin, shape] = self.data[begin:end].reshape(shape), self.grad[begin:end].reshape(shape)
         return self._views[begin, shape]
 
@@ -81,7 +82,7 @@ class Parameter:
     def _view(self, arena: Arena, begin: int, shape: tuple[int, ...]) -> None:
         self.arena = arena
         self.begin = begin
-        self.end = begin + int(np.prod(shape))
+        self.end = begin + math.prod(shape)
         self._data, self._grad = arena.view(begin, shape)
 
     def move(self, arena: Arena, begin: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,8 +34,8 @@ def explosion_factor(momentum: float) -> float:
     Heavy ball at the border of stability overshoots by up to 2 / (e (1 - sqrt(momentum))), squared in the loss, and still converges.
     """
     if momentum >= 1.0:
-        return float("inf")
-    return max(100.0, 10.0 * float(2.0 / (np.e * (1.0 - np.sqrt(momentum)))) ** 2)
+        return math.inf
+    return max(100.0, 10.0 * (2.0 / (math.e * (1.0 - math.sqrt(momentum)))) ** 2)
 
 
 def _curvature(model: Linear, X: npt.NDArray[Any], loss: MSELoss) -> float:
@@ -159,6 +161,7 @@ class Run:
         self.start_momentum = None if self.momentum is None else self.momentum.copy()
         self.optimizer_start = optimizer.momentum_state()
         self.explosion = explosion_factor(max(r[3] for r in self.ranges))
+        self.ascends = any(r[7] for r in self.ranges)
         self._spread: float | None = None
         self._start_error: float | None = None
 
@@ -208,19 +211,21 @@ class Run:
 
     def loss_limit(self) -> float:
         """The mean squared error of an epoch that `check_explosion` has to look at; 0: none, for an ascent."""
-        if any(r[7] for r in self.ranges):
+        if self.ascends:
             return 0.0
         if self._spread is None:
             self._spread = self._error_of_a_constant()
         worst = max(self._spread, self._start_error or 0.0)
-        return max(self.explosion * worst, float(np.finfo(np.float64).tiny))
+        return max(self.explosion * worst, sys.float_info.min)
 
     def _error_of_a_constant(self) -> float:
         """Mean squared error of the best constant, from a sample: SAMPLE_ROWS rows of one output, fewer of several, 64 at least."""
         rows = max(64, SAMPLE_ROWS // self.model.out_features)
         with np.errstate(all="ignore"):
-            spread = float(np.var(self.y[:: -(-self.rows // rows)], axis=0, dtype=np.float64).mean())
-        return spread if np.isfinite(spread) else 0.0
+            sample = self.y[:: -(-self.rows // rows)].astype(np.float64)
+            sample -= sample.sum(axis=0) / len(sample)
+            spread = float(np.square(sample, out=sample).sum()) / sample.size
+        return spread if math.isfinite(spread) else 0.0
 
     def _explodes(self, reached: float) -> bool:
         """Whether an error is far above both the best constant's and the start's, which takes a pass over X: only on suspicion."""
@@ -243,10 +248,10 @@ class Run:
         affordable = max(LOOK_WORK // max(1, self.arena.data.size), self.rows * self.epochs // LOOK_SHARE)
         stride = -(-self.rows // min(FIRST_LOOK_ROWS, max(LEAST_LOOK_ROWS, affordable)))
         reached = self._error(self.X[::stride], np.ascontiguousarray(self.y[::stride]), self.arena.data)
-        if np.isfinite(reached) and reached <= self.loss_limit():
+        if reached <= self.loss_limit():
             return
         reached = self._error(self.X, self.y, self.arena.data)
-        if not np.isfinite(reached) or self._explodes(reached):
+        if not math.isfinite(reached) or self._explodes(reached):
             raise self.divergence(f"the last update took the loss to {reached:.3g}", self.epochs, self.steps)
 
     def require_finite_data(self) -> None:
@@ -302,7 +307,7 @@ class Run:
     def divergence(self, what: str, epoch: int, step: int) -> DivergenceError:
         lr = max(r[2] for r in self.ranges)
         stable = _stable_lr(self.model, self.X, self.loss, self.batch_size, self.batch_size >= self.rows, self.ranges)
-        if any(r[7] for r in self.ranges):
+        if self.ascends:
             advice = "with maximize it climbs without end; leave maximize out"
         elif not isinstance(self.model, Linear):
             advice = "use a smaller lr, or standardise X and y"

@@ -5,6 +5,7 @@ An array that already has the wanted dtype and layout passes through without a c
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Sequence
@@ -118,7 +119,7 @@ def as_number(value: Any, name: str, *, positive: bool = False) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}; a number is wanted.") from None
-    if not np.isfinite(number) or number < 0 or (positive and number == 0):
+    if not 0 <= number < math.inf or (positive and number == 0):
         raise ValueError(f"{name} is {value!r}; a finite number {'above 0' if positive else 'of at least 0'} is wanted.")
     return number
 
