@@ -254,27 +254,31 @@ class SGD:
                         run.started = True
 
 
+def is_auto(lr: Any) -> bool:
+    """Whether `fit` is to find the lr. (An array would be compared element by element.)"""
+    return isinstance(lr, str) and lr == "auto"
+
+
 class GD(SGD):
     """Full-batch gradient descent: theta <- theta - lr * grad J(theta).
 
     In `fit` a step is an epoch: one pass over all rows. With lr="auto" `fit` takes lr = 1 / L from the data, L being the largest
     eigenvalue of the Hessian of J by power iteration (reached from below, to about 1e-4 of itself where it stands apart), and leaves that
     number in `param_groups`: the largest step for which descent is guaranteed at every point (Nesterov, Introductory Lectures on Convex
-    Optimization, 1.2.3). In a loop of your own `step` wants a
-    number: `gdlib.training.auto_lr(model, X, loss)` gives the same one.
+    Optimization, 1.2.3). In a loop of your own `step` wants a number: `gdlib.training.auto_lr(model, X, loss)` gives the same one.
     """
 
     def __init__(self, params: Iterable[Parameter] | Iterable[dict[str, Any]], lr: float | str) -> None:
         super().__init__(params, lr)  # type: ignore[arg-type]
 
     def _check_lr(self, lr: Any) -> None:
-        if isinstance(lr, str) and lr != "auto":
+        if isinstance(lr, str) and not is_auto(lr):
             raise ValueError(f"lr is {lr!r}; a number above 0 or 'auto' is wanted.")
-        if lr != "auto":
+        if not is_auto(lr):
             super()._check_lr(lr)
 
     def step(self) -> None:
         """Update every parameter from its `.grad`, in place. Raises ValueError while lr is "auto"."""
-        if any(group["lr"] == "auto" for group in self.param_groups):
+        if any(is_auto(group["lr"]) for group in self.param_groups):
             raise ValueError("lr is 'auto', which fit takes from the data; in a loop of your own give a number, such as auto_lr(...).")
         super().step()

@@ -16,7 +16,7 @@ from gdlib.history import History
 from gdlib.losses import MSELoss
 from gdlib.modules import Model
 from gdlib.nn import Linear
-from gdlib.optim import GD, SGD, UpdateRange
+from gdlib.optim import GD, SGD, UpdateRange, is_auto
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -153,7 +153,7 @@ class Run:
         if not _core.all_finite(self.start):
             raise ValueError("the model's parameters hold NaN or infinity; start from a fresh model.")
         for group in optimizer.param_groups:
-            if group["lr"] == "auto":
+            if is_auto(group["lr"]):
                 self.require_finite_data()  # NaN has no eigenvalues
                 group["lr"] = auto_lr(model, self.X, loss)
         self.ranges = optimizer.update_ranges(self.arena)
@@ -216,7 +216,7 @@ class Run:
         if self._spread is None:
             self._spread = self._error_of_a_constant()
         worst = max(self._spread, self._start_error or 0.0)
-        return max(self.explosion * worst, sys.float_info.min)
+        return self.explosion * max(worst, sys.float_info.min)  # infinite with an infinite factor
 
     def _error_of_a_constant(self) -> float:
         """Mean squared error of the best constant, from a sample: SAMPLE_ROWS rows of one output, fewer of several, 64 at least."""
@@ -248,7 +248,7 @@ class Run:
         affordable = max(LOOK_WORK // max(1, self.arena.data.size), self.rows * self.epochs // LOOK_SHARE)
         stride = -(-self.rows // min(FIRST_LOOK_ROWS, max(LEAST_LOOK_ROWS, affordable)))
         reached = self._error(self.X[::stride], np.ascontiguousarray(self.y[::stride]), self.arena.data)
-        if reached <= self.loss_limit():
+        if math.isfinite(reached) and reached <= self.loss_limit():
             return
         reached = self._error(self.X, self.y, self.arena.data)
         if not math.isfinite(reached) or self._explodes(reached):

@@ -113,12 +113,14 @@ def as_count(value: Any, name: str, least: int = 1, most: int = 2**40) -> int:
 
 def as_number(value: Any, name: str, *, positive: bool = False) -> float:
     """A finite number, not negative, or above zero where `positive`. Raises TypeError and ValueError."""
-    if isinstance(value, (bool, str, bytes)):
+    if isinstance(value, (bool, np.bool_, str, bytes)):
         raise TypeError(f"{name} is {value!r}; a number is wanted.")
     try:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}; a number is wanted.") from None
+    except OverflowError:  # of an int
+        number = math.inf
     if not 0 <= number < math.inf or (positive and number == 0):
         raise ValueError(f"{name} is {value!r}; a finite number {'above 0' if positive else 'of at least 0'} is wanted.")
     return number

@@ -169,6 +169,19 @@ def test_the_last_update_is_looked_at_too():
         assert caught.value.step == 1
 
 
+@pytest.mark.parametrize(
+    ("target", "lr", "momentum"), [(1.0, 1e160, 1.0), (2e153, 10.0, 0.0), (0.0, 1e160, 1.0)], ids=["momentum-1", "huge-y", "constant-y"]
+)
+def test_the_last_update_is_looked_at_where_no_loss_counts_as_exploded(target, lr, momentum):
+    """The limit of the loss is infinite with a momentum of 1, and where 100 times the spread of y is."""
+    X = np.array([[1.0], [-1.0]] * 4)
+    model = Linear(1, 1, bias=False, dtype=np.float64, seed=0)
+    optimizer = SGD(model.parameters(), lr=lr, momentum=momentum)
+    with pytest.raises(DivergenceError, match="the last update took the loss to inf"):
+        fit(model, X, X * target, loss=MSELoss(), optimizer=optimizer, epochs=1, batch_size=8)
+    assert np.isfinite(model.weight.data).all()
+
+
 @pytest.mark.parametrize("quiet", [lambda rows: rows % 16 == 0, lambda rows: rows % 10 != 3], ids=["every-16th", "9-of-10"])
 def test_the_last_update_is_looked_at_in_many_rows(quiet):
     """Rows of zeros do not show what the weights have become."""

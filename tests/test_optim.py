@@ -114,6 +114,9 @@ def test_load_state_dict_changes_nothing_when_it_refuses():
         ({"lr": float("inf")}, ValueError, "finite"),
         ({"lr": "fast"}, TypeError, "a number is wanted"),
         ({"lr": None}, TypeError, "a number is wanted"),
+        ({"lr": np.True_}, TypeError, "a number is wanted"),
+        ({"lr": np.array([0.1, 0.2])}, TypeError, "a number is wanted"),
+        ({"lr": 10**400}, ValueError, "a finite number above 0 is wanted"),
         ({"lr": 1, "momentum": -0.5}, ValueError, "momentum is -0.5"),
         ({"lr": 1, "weight_decay": -1}, ValueError, "weight_decay is -1"),
         ({"lr": 1, "nesterov": True}, ValueError, "nesterov"),
@@ -145,6 +148,8 @@ def test_gd_takes_auto_in_fit_only():
     model = Linear(2, 1)
     with pytest.raises(ValueError, match="number above 0 or 'auto'"):
         GD(model.parameters(), lr="fast")
+    with pytest.raises(TypeError, match="a number is wanted"):
+        GD(model.parameters(), lr=np.array([0.1, 0.2]))
     with pytest.raises(ValueError, match="lr is 0"):
         GD(model.parameters(), lr=0)
     with pytest.raises(ValueError, match="auto_lr"):

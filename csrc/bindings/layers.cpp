@@ -196,8 +196,8 @@ Array elementwise(const Array& output, const Array& target, Kernel kernel) {
   });
 }
 
-void sgd_update(const Array& parameter, const Array& gradient, const OptionalArray& momentum_buffer, double lr, double momentum, double dampening,
-                double weight_decay, bool nesterov, bool maximize, bool first_step) {
+void sgd_update(const Array& parameter, const Array& gradient, const OptionalArray& momentum_buffer, double lr, double momentum,
+                double dampening, double weight_decay, bool nesterov, bool maximize, bool first_step) {
   with_dtype(parameter, "parameter", [&](auto zero) {
     using T = decltype(zero);
     const Flat<T> p = write_flat<T>(parameter, "parameter");
@@ -273,7 +273,8 @@ void define_layers(py::module_& m) {
       {"g", "x", "weight", "weight_gradient", "bias_gradient", "input_gradient"});
   DirectFunction<squared_error_sum>::define(m, "squared_error_sum", "sum of (output - target)^2, carried in double.", {"output", "target"});
   DirectFunction<squared_error_terms>::define(m, "squared_error_terms", "(output - target)^2, element by element.", {"output", "target"});
-  DirectFunction<squared_error_gradient>::define(m, "squared_error_gradient", "scale * 2 (output - target).", {"output", "target", "scale"});
+  DirectFunction<squared_error_gradient>::define(m, "squared_error_gradient", "scale * 2 (output - target).",
+                                                 {"output", "target", "scale"});
   DirectFunction<activate>::define(m, "activation_forward", "relu, tanh or sigmoid of every element; out may be x.", {"kind", "x", "out"});
   DirectFunction<activate_backward>::define(m, "activation_backward",
                                             "g times the activation's derivative where its output is y; out may be g.",

@@ -121,8 +121,8 @@ Array order_of(std::uint64_t seed, std::uint32_t rows) {
 
 using Arrays = py::typing::Tuple<Array, py::ellipsis>;
 
-// Iterates over batches of rows in a given order: for each array a new one of its rows order[0], ..., order[batch_size - 1], and so on up to
-// order[end - 1]. Any dtype without Python objects. What all batches have in common is worked out once.
+// Iterates over batches of rows in a given order: for each array a new one of its rows order[0], ..., order[batch_size - 1], and so on up
+// to order[end - 1]. Any dtype without Python objects. What all batches have in common is worked out once.
 class ShuffledBatches {
  public:
   ShuffledBatches(const Arrays& arrays, const Array& order, std::size_t batch_size, std::size_t end)

@@ -82,7 +82,7 @@ class Multiplication {
   Multiplication(const Product<T>& product)
       : p_(product),
         kernel_(table<T>()),
-        panels_(product.cols, kernel_.lanes, few_rows() ? 1 : kernel_.tile_vectors),  // what threads share
+        panels_(product.cols, kernel_.lanes, few_rows() ? 1 : kernel_.tile_vectors),  // few rows are shared by single vectors
         row_tiles_(ceil_divide(product.rows, kernel_.tile_rows)),
         small_b_(product.depth * product.cols * sizeof(T) <= l2_bytes() / 4),
         unpacked_(!product.packed && product.b.col_stride == 1 && row_tiles_ < (small_b_ ? tiles_to_pack_small_b : tiles_to_pack_b)),

@@ -99,8 +99,8 @@ class Patience {
   std::chrono::steady_clock::time_point since_;
 };
 
-// Where a thread of the team sleeps. It must not wake on its caller's CPU, where it would wait behind it: the kernel wakes a thread where it
-// ran last, and may take milliseconds to see that another CPU is idle.
+// Where a thread of the team sleeps. It must not wake on its caller's CPU, where it would wait behind it: the kernel wakes a thread where
+// it ran last, and may take milliseconds to see that another CPU is idle.
 class Bed {
  public:
   void sleep(std::unique_lock<std::mutex>& lock) { awake_.wait(lock); }
@@ -142,9 +142,9 @@ class Bed {
 #endif
 }
 
-// Threads that work on one loop after the other, for the life of the process. OpenMP starts and places them, in parallel regions that do not
-// end. Who calls takes tasks like they do, and waits for the tasks that others have taken: not, as at the end of a region, for every thread,
-// which takes milliseconds where one has lost its core to a thread of another library that spins.
+// Threads that work on one loop after the other, for the life of the process. OpenMP starts and places them, in parallel regions that do
+// not end. Who calls takes tasks like they do, and waits for the tasks that others have taken: not, as at the end of a region, for every
+// thread, which takes milliseconds where one has lost its core to a thread of another library that spins.
 class Team {
  public:
   // Runs the loop, unless it is at work for another caller. Throws what a task has thrown, once all are finished.
@@ -230,8 +230,8 @@ class Team {
     }
   }
 
-  // Returns how many it has run. Whatever loop a task is taken from by the exchange is the one that runs, and its fields, which the exchange
-  // acquires, stay until that task is finished. `before` is called before each.
+  // Returns how many it has run. Whatever loop a task is taken from by the exchange is the one that runs, and its fields, which the
+  // exchange acquires, stay until that task is finished. `before` is called before each.
   template <class Before>
   std::size_t take_tasks(std::size_t worker, const Before& before) {
     std::size_t taken = 0;
@@ -343,8 +343,8 @@ void StepPacer::step_done() {
 }
 
 void StepPacer::end_window(double steps_per_second) {
-  // Windows between two trials, 2 ms to 0.2 s: a wrong choice does not last, and trials cost little. 10 ms at most where the rates are within
-  // 10 % of each other: so they are where the other thread had no core, too.
+  // Windows between two trials, 2 ms to 0.2 s: a wrong choice does not last, and trials cost little. 10 ms at most where the rates are
+  // within 10 % of each other: so they are where the other thread had no core, too.
   constexpr int least = 10, most = 1000, most_if_close = 50;
   Trials& t = trials_;
   if (t.phase == Phase::settled) {

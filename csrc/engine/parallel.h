@@ -70,19 +70,20 @@ class Interrupt {
 // 0.5 us (at 4 GHz).
 constexpr double least_shared_cycles = 8'000;
 
-// Threads that a loop is worth sharing among, given about how many cycles it takes one thread: 1 where handing it out, or waking a thread for
-// it, costs too much of that.
+// Threads that a loop is worth sharing among, given about how many cycles it takes one thread: 1 where handing it out, or waking a thread
+// for it, costs too much of that.
 int threads_for(double cycles);
 
 // Runs task(i, worker) for i from 0 to count - 1; worker < threads names the thread, the caller being 0. What a task throws is thrown here.
 // Tasks are handed out in order, to whoever is free: a core that is shared with others takes fewer, and a thread that has no core holds
-// nobody up, unless it lost it in the middle of a task. While another caller's loop has the threads, all tasks run on the calling one. Every
-// task's writes are visible afterwards. A caller with memory for each worker asks for `threads` once: it may change between two calls.
+// nobody up, unless it lost it in the middle of a task. While another caller's loop has the threads, all tasks run on the calling one.
+// Every task's writes are visible afterwards. A caller with memory for each worker asks for `threads` once: it may change between two
+// calls.
 void parallel_for(std::size_t count, int threads, Visitor<std::size_t, std::size_t> task);
 
 // Finds out, again and again, whether the steps of a run are faster on all threads or on the calling one alone: with cores that have no
-// cache in common, or a host that withholds one, small steps are slower on two threads than on one. What it has found stays for the thread's
-// next run of such steps; one run at a time. Steps of more than 0.4 ms, which make up for all that, it leaves alone.
+// cache in common, or a host that withholds one, small steps are slower on two threads than on one. What it has found stays for the
+// thread's next run of such steps; one run at a time. Steps of more than 0.4 ms, which make up for all that, it leaves alone.
 class StepPacer {
  public:
   // `step_cycles`: about what a step takes.

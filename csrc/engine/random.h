@@ -27,8 +27,8 @@ void fill_uniform(std::uint64_t seed, double bound, std::size_t n, T* out) {
   }
 }
 
-// A pseudo-random order of 0 ... rows - 1, rows at most 2^32 - 1. `order` is resized to `rows` (and a margin that the kernel may scribble on).
-// Unfinished once `interrupt` has been requested.
+// A pseudo-random order of 0 ... rows - 1, rows at most 2^32 - 1. `order` is resized to `rows` (and a margin that the kernel may scribble
+// on). Unfinished once `interrupt` has been requested.
 void shuffle_order(std::uint64_t seed, std::uint32_t rows, AlignedVector<std::uint32_t>& order, Interrupt& interrupt);
 
 }  // namespace gdlib

@@ -149,8 +149,8 @@ class ManySteps {
     return (elements + lanes - 1) / lanes * lanes;
   }
 
-  // What an epoch gains is about what it costs to extend the rows once, but nothing in batches of a group of rows, whose steps wait for each
-  // other (3 epochs in order took 1.2 times as long). A copy beyond a core's share of the caches gains less, and memory is the user's.
+  // What an epoch gains is about what it costs to extend the rows once, but nothing in batches of a group of rows, whose steps wait for
+  // each other (3 epochs in order took 1.2 times as long). A copy beyond a core's share of the caches gains less, and memory is the user's.
   void extend_rows_read_often() {
     constexpr std::uint64_t least_epochs = 3;
     constexpr std::size_t most_bytes = 4 << 20;

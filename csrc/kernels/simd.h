@@ -206,8 +206,8 @@ inline void keep_in_memory(T (&array)[N]) {
   asm volatile("" : "+m"(array));
 }
 
-// The address, of which the compiler must not know what else it is: where a loop has many, it would keep a register for each, or more than
-// there are.
+// The same address, but the compiler cannot tell what it was computed from: of many addresses a fixed distance apart it would keep each in
+// a register, or spill it.
 template <class T>
 inline const T* as_computed(const T* address) {
   asm("" : "+r"(address));

@@ -22,7 +22,7 @@ constexpr KernelTable<T> make_table() {
   table.tile_vectors = Vectors;
   table.lanes = lanes<T>;
   fill_tiles<T, Rows, Vectors>(table);
-  // All rows of a tile where their sums and a transposed block fill less than the registers (5 to 8 rows 1.2 to 2.1 times as fast, Zen 4).
+  // All rows of a tile where vectors are whole lines (5 to 8 rows 1.2 to 2.1 times as fast, Zen 4; not measured for 8 rows of NEON).
   constexpr int few = lane_bytes == 64 ? Rows : 4;
   static_assert(few <= Rows, "few rows are one tile's");
   fill_transposed<T, few>(table);
