@@ -272,10 +272,11 @@ class GD(SGD):
         super().__init__(params, lr)  # type: ignore[arg-type]
 
     def _check_lr(self, lr: Any) -> None:
-        if isinstance(lr, str) and not is_auto(lr):
+        if is_auto(lr):
+            return
+        if isinstance(lr, str):
             raise ValueError(f"lr is {lr!r}; a number above 0 or 'auto' is wanted.")
-        if not is_auto(lr):
-            super()._check_lr(lr)
+        super()._check_lr(lr)
 
     def step(self) -> None:
         """Update every parameter from its `.grad`, in place. Raises ValueError while lr is "auto"."""
