@@ -66,19 +66,26 @@ void weight_product_in_parts(std::size_t rows, std::size_t in_features, std::siz
   for (std::size_t k = 0; k < n; ++k) weight_gradient[k] = static_cast<T>(sums[k]);
 }
 
-// total[cols] += column sums of g[rows, cols]: in T over some rows, the rest in double.
+// total[cols] += column sums of g[rows, cols]: in T over some rows, the rest in double. Threads share the columns.
 template <class T>
 void add_column_sums(std::size_t rows, std::size_t cols, const T* g, std::size_t g_stride, T* total) {
-  constexpr std::size_t block = 512;
-  if (rows <= block) return table<T>().column_sums(rows, cols, g, g_stride, total);
-  std::vector<double> sums(total, total + cols);
-  std::vector<T> part(cols);
-  for (std::size_t begin = 0; begin < rows; begin += block) {
-    std::fill(part.begin(), part.end(), T(0));
-    table<T>().column_sums(std::min(block, rows - begin), cols, g + begin * g_stride, g_stride, part.data());
-    for (std::size_t c = 0; c < cols; ++c) sums[c] += static_cast<double>(part[c]);
-  }
-  for (std::size_t c = 0; c < cols; ++c) total[c] = static_cast<T>(sums[c]);
+  constexpr std::size_t block = 512, unit = 64;  // columns: whole lines
+  const double cycles = static_cast<double>(rows) * static_cast<double>(cols * sizeof(T)) / 16.0;  // from L3
+  const int threads = threads_for(cycles);
+  const std::size_t parts = std::min(ceil_divide(cols, unit), static_cast<std::size_t>(threads));
+  parallel_for(parts, threads, [&](std::size_t part, std::size_t) {
+    const std::size_t first = ceil_divide(cols, unit) * part / parts * unit;
+    const std::size_t count = std::min(cols, ceil_divide(cols, unit) * (part + 1) / parts * unit) - first;
+    if (rows <= block) return table<T>().column_sums(rows, count, g + first, g_stride, total + first);
+    std::vector<double> sums(total + first, total + first + count);
+    std::vector<T> of_block(count);
+    for (std::size_t begin = 0; begin < rows; begin += block) {
+      std::fill(of_block.begin(), of_block.end(), T(0));
+      table<T>().column_sums(std::min(block, rows - begin), count, g + begin * g_stride + first, g_stride, of_block.data());
+      for (std::size_t c = 0; c < count; ++c) sums[c] += static_cast<double>(of_block[c]);
+    }
+    for (std::size_t c = 0; c < count; ++c) total[first + c] = static_cast<T>(sums[c]);
+  });
 }
 
 }  // namespace

