@@ -17,8 +17,8 @@ THREADS = (1, 2, 3, 5, 7, 8)
 # steps, but where columns of A are a page apart. Work for threads begins at about 40,000 cycles; the rows of a gradient are cut after
 # 16,384. With fewer than 8 outputs a task has 512 KiB of x, at least 64 rows, and as many long rows as a vector has lanes, which fill 16
 # KiB together, are read for 4 and for 2 outputs at once. In a gradient, rows are the depth and in_features the columns; with fewer than 4
-# outputs, four rows are read at a time, and 2 KiB of their features. Sums over rows of more than 1 KiB read eight rows at a time, and threads
-# share the columns of 1 MB and more.
+# outputs, four rows are read at a time, and 2 KiB of their features. Sums over rows of more than 1 KiB read eight rows at a time, and
+# threads share the columns of 1 MB and more.
 SHAPES = [
     (95, 255, 9),
     (96, 256, 8),
