@@ -36,9 +36,13 @@ void Network::add(Activation activation, std::size_t in_features, std::size_t ou
 
 namespace {
 
-// Rows of one pass: as many as fit 64 MiB, so that memory stays bounded for any batch, and as 10^9 multiply-adds of a layer allow (20 to
-// 50 ms on two cores), so that Ctrl-C is answered; at most 4096, beyond which products gain nothing.
-constexpr std::size_t least_rows = 64, most_rows = 4096, most_bytes = 64 << 20, most_work = 1'000'000'000;
+// Rows of one pass: as many as fit 64 MiB, so that memory stays bounded for any batch, and as 5 * 10^9 multiply-adds of a layer allow (50
+// to 100 ms on two cores), so that Ctrl-C is answered; at most 4096, beyond which products gain nothing. Each pass reads and writes the
+// whole gradient: by 10^9 multiply-adds a step of 4096-4096-1000, 256 rows, took twice as long.
+constexpr std::size_t least_rows = 64, most_rows = 4096, most_bytes = 64 << 20, most_work = 5'000'000'000;
+
+// Most multiply-adds of the weight gradients that update their weights at once, which nothing interrupts.
+constexpr std::size_t most_work_of_update = 8'000'000'000;
 
 }  // namespace
 
@@ -57,6 +61,10 @@ NetworkScratch<T>::NetworkScratch(const Network& network, std::size_t batch_rows
   if (scattered) per_row += network.in_features() + network.out_features();
   rows = std::min({most_rows, most_bytes / (per_row * sizeof(T)), most_work / most_weights});
   rows = std::min(batch_rows, std::max(least_rows, rows / 64 * 64));
+  if (rows > 0) {  // passes of about equal size
+    const std::size_t passes = ceil_divide(batch_rows, rows);
+    rows = std::min(rows, ceil_divide(ceil_divide(batch_rows, passes), 64) * 64);
+  }
   std::size_t size = 0;
   const auto take = [&](std::size_t features) {
     const std::size_t at = size;
@@ -140,6 +148,16 @@ std::size_t parts_of(const Network& network, std::size_t rows) {
   return std::max<std::size_t>(1, std::min<std::size_t>(threads_of_pass(network, rows), rows / least_part));
 }
 
+// Shows `finished` the whole gradient, in stretches on all threads.
+template <class T>
+void visit_all(std::size_t n, const T* gradient, SegmentVisitor<T> finished) {
+  constexpr std::size_t stretch = 1 << 14;
+  parallel_for(ceil_divide(n, stretch), threads_for(static_cast<double>(n)), [&](std::size_t i, std::size_t) {
+    const std::size_t at = i * stretch, size = std::min(stretch, n - at);
+    finished({at, 1, size, size, gradient + at, size});
+  });
+}
+
 // The gradient of the squared error of a batch. Its sums are cut by sizes alone; the threads only decide who computes which.
 template <class T>
 class BatchGradient {
@@ -149,25 +167,33 @@ class BatchGradient {
       : network_(network), batch_(batch), parameters_(parameters), gradient_(gradient), scratch_(scratch), interrupt_(interrupt) {}
 
   double run(SegmentVisitor<T> finished) const {
-    if (batch_.rows <= scratch_.rows) return of_rows(0, batch_.rows, finished);
+    if (batch_.rows <= scratch_.rows) return of_rows(0, batch_.rows, false, finished);
     const std::size_t n = network_.parameters();
-    scratch_.sums.assign(n, 0.0);  // sums of many passes are carried in double
+    const bool long_chain = batch_.rows > most_chain;  // then sums of shorter ones are carried in double
+    if (long_chain) scratch_.sums.assign(n, 0.0);
     double loss = 0.0;
-    for (std::size_t begin = 0; begin < batch_.rows; begin += scratch_.rows) {
-      loss += of_rows(begin, std::min(scratch_.rows, batch_.rows - begin), {});
+    std::size_t chain = 0;  // rows whose sum the gradient holds
+    for (std::size_t begin = 0; begin < batch_.rows;) {
+      const std::size_t rows = std::min(scratch_.rows, batch_.rows - begin);
+      loss += of_rows(begin, rows, chain > 0, {});
       if (interrupt_.requested()) return loss;
+      begin += rows;
+      chain += rows;
+      if (!long_chain || (chain + scratch_.rows <= most_chain && begin < batch_.rows)) continue;
       for (std::size_t i = 0; i < n; ++i) scratch_.sums[i] += static_cast<double>(gradient_[i]);
+      chain = 0;
     }
-    for (std::size_t i = 0; i < n; ++i) gradient_[i] = static_cast<T>(scratch_.sums[i]);
-    if (finished && std::isfinite(loss)) finished({0, 1, n, n, gradient_, n});
+    if (long_chain)
+      for (std::size_t i = 0; i < n; ++i) gradient_[i] = static_cast<T>(scratch_.sums[i]);
+    if (finished && std::isfinite(loss)) visit_all(n, gradient_, finished);
     return loss;
   }
 
  private:
-  // The same for some rows, which one pass can take.
-  double of_rows(std::size_t begin, std::size_t rows, SegmentVisitor<T> finished) const {
-    if (const std::size_t pieces = pieces_of(network_, rows); pieces > 1) return in_pieces(begin, rows, pieces, finished);
-    const std::size_t parts = parts_of<T>(network_, rows);
+  // The same for some rows, which one pass can take. Without `finished`: gradient (+)= theirs.
+  double of_rows(std::size_t begin, std::size_t rows, bool accumulate, SegmentVisitor<T> finished) const {
+    if (const std::size_t pieces = pieces_of(network_, rows); pieces > 1) return in_pieces(begin, rows, pieces, accumulate, finished);
+    const std::size_t n = network_.parameters(), parts = parts_of<T>(network_, rows);
     Pass<T> pass(network_, parameters_, scratch_, &interrupt_);
     pass.take(batch_, begin, rows, 0, parts == 1);
     if (parts > 1) {  // a thread's rows stay in its cache
@@ -184,14 +210,18 @@ class BatchGradient {
     const double loss = pass.squared_error();
     if (finished && !std::isfinite(loss)) return loss;
     if (parts == 1 && !pass.backward()) return loss;
-    if (parts > 1 && finished)
-      pass.parameter_gradients_in_parts(parts, gradient_, finished);
-    else
-      pass.parameter_gradients(gradient_, finished);
+    if (!finished || rows > most_work_of_update / std::max<std::size_t>(1, n)) {
+      pass.parameter_gradients(gradient_, accumulate);
+      if (finished && !interrupt_.requested()) visit_all(n, gradient_, finished);
+    } else if (parts > 1) {
+      pass.update_in_parts(parts, gradient_, finished);
+    } else {
+      pass.update_all(gradient_, finished);
+    }
     return loss;
   }
 
-  double in_pieces(std::size_t begin, std::size_t rows, std::size_t pieces, SegmentVisitor<T> finished) const {
+  double in_pieces(std::size_t begin, std::size_t rows, std::size_t pieces, bool accumulate, SegmentVisitor<T> finished) const {
     constexpr std::size_t line = 64 / sizeof(T);
     const std::size_t n = network_.parameters(), stride = ceil_divide(n, line) * line;
     const int threads = threads_of_pass(network_, rows);
@@ -220,7 +250,7 @@ class BatchGradient {
       for (std::size_t i = first_piece; i < end_piece; ++i) {
         const Pass<T> piece = pass_of(i, i + 1, false);
         scratch_.losses[i] = piece.squared_error_of_task();
-        piece.parameter_gradients(partials + i * stride, {});
+        piece.parameter_gradients(partials + i * stride, false);
       }
       add_in_pairs(together, 1, n, partials + first_piece * stride, stride);  // of a part, one gradient goes from core to core
     });
@@ -237,6 +267,8 @@ class BatchGradient {
       add_in_pairs(pieces, together, size, sum, stride);
       if (finished)
         finished({at, 1, size, size, sum, size});
+      else if (accumulate)
+        table<T>().column_sums(1, size, sum, size, gradient_ + at);
       else
         std::copy_n(sum, size, gradient_ + at);
     });
@@ -267,7 +299,7 @@ double network_squared_error_gradient(const Network& network, const Batch<T>& ba
   const std::size_t n = network.parameters();
   if (network.is_lone_linear()) {
     const double loss = linear_squared_error_gradient(network.linear_shape(), batch, parameters, gradient, scratch.linear, interrupt);
-    if (finished && std::isfinite(loss) && !interrupt.requested()) finished({0, 1, n, n, gradient, n});
+    if (finished && std::isfinite(loss) && !interrupt.requested()) visit_all(n, gradient, finished);
     return loss;
   }
   return BatchGradient<T>(network, batch, parameters, gradient, scratch, interrupt).run(finished);

@@ -66,7 +66,7 @@ struct NetworkScratch {
   std::size_t gathered = 0;            // the rows of x that an index scatters, and their targets
   std::size_t targets = 0;
   AlignedVector<T> arena;
-  AlignedVector<double> sums;    // of gradients, where a step takes several passes
+  AlignedVector<double> sums;    // of gradients, where a batch has more rows than most_chain
   AlignedVector<T> partials;     // gradients of pieces of a batch
   AlignedVector<double> losses;  // by task or piece
   LinearScratch<T> linear;

@@ -114,26 +114,29 @@ class Pass {
     return true;
   }
 
-  // What follows `backward`: into[parameters] = their gradient, or, with `finished`, memory for what that visits. Stops early after an
-  // interrupt, except with `finished`: a step is made whole.
-  void parameter_gradients(T* into, SegmentVisitor<T> finished) const {
+  // What follows `backward`: into[parameters] (+)= their gradient. Stops early after an interrupt.
+  void parameter_gradients(T* into, bool accumulate) const {
     for (std::size_t i = network_.layers().size(); i-- > 0;) {
       const Layer& layer = network_.layers()[i];
       if (!layer.is_linear()) continue;
-      T* const weights = into + layer.begin_weight;
-      if (finished) {
-        update(i, weights, finished, 0, 1);
-        continue;
-      }
       if (interrupted(rows_ * layer.weights())) return;
-      linear_weight_gradient<T>(rows_, layer.in_features, layer.out_features, gradient(i), input(i), input_stride(i), false, weights,
+      T* const weights = into + layer.begin_weight;
+      linear_weight_gradient<T>(rows_, layer.in_features, layer.out_features, gradient(i), input(i), input_stride(i), accumulate, weights,
                                 layer.has_bias ? weights + layer.weights() : nullptr);
     }
   }
 
-  // The same with `finished`, for a small network: one loop, whose `parts` take their outputs of every layer. Only a layer with too few
+  // Or, block by block, what `finished` visits; `memory` as large has room for it. A step is made whole: no interrupt ends it.
+  void update_all(T* memory, SegmentVisitor<T> finished) const {
+    for (std::size_t i = network_.layers().size(); i-- > 0;) {
+      const Layer& layer = network_.layers()[i];
+      if (layer.is_linear()) update(i, memory + layer.begin_weight, finished, 0, 1);
+    }
+  }
+
+  // The same for a small network: one loop, whose `parts` take their outputs of every layer. Only a layer with too few
   // outputs for that, but enough work to be shared, has a loop of its own.
-  void parameter_gradients_in_parts(std::size_t parts, T* memory, SegmentVisitor<T> finished) const {
+  void update_in_parts(std::size_t parts, T* memory, SegmentVisitor<T> finished) const {
     const auto on_its_own = [&](const Layer& layer) {
       return layer.out_features < parts * few_outputs && cycles_of(rows_, layer.in_features, layer.out_features) >= least_shared_cycles;
     };
