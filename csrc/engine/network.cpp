@@ -49,7 +49,7 @@ constexpr std::size_t most_work_of_update = 8'000'000'000;
 template <class T>
 NetworkScratch<T>::NetworkScratch(const Network& network, std::size_t batch_rows, bool scattered, Need need) {
   capacity = batch_rows;
-  if (network.is_lone_linear() && need == Need::gradient) return;
+  if (network.has_one_pass() && need == Need::gradient) return;
   constexpr std::size_t line = 64 / sizeof(T);
   const std::vector<Layer>& layers = network.layers();
   std::size_t per_row = 0, most_weights = 1;
@@ -104,7 +104,7 @@ bool network_forward(const Network& network, std::size_t rows, const T* x, std::
 template <class T>
 double network_squared_error(const Network& network, const Batch<T>& batch, const T* parameters, NetworkScratch<T>& scratch,
                              Interrupt& interrupt) {
-  if (network.is_lone_linear()) {
+  if (network.has_one_pass()) {
     AlignedVector<T> gradient(network.parameters());
     return linear_squared_error_gradient(network.linear_shape(), batch, parameters, gradient.data(), scratch.linear, interrupt);
   }
@@ -297,7 +297,7 @@ template <class T>
 double network_squared_error_gradient(const Network& network, const Batch<T>& batch, const T* parameters, T* gradient,
                                       NetworkScratch<T>& scratch, Interrupt& interrupt, SegmentVisitor<T> finished) {
   const std::size_t n = network.parameters();
-  if (network.is_lone_linear()) {
+  if (network.has_one_pass()) {
     const double loss = linear_squared_error_gradient(network.linear_shape(), batch, parameters, gradient, scratch.linear, interrupt);
     if (finished && std::isfinite(loss) && !interrupt.requested()) visit_all(n, gradient, finished);
     return loss;

@@ -43,9 +43,10 @@ class Network {
   // An activation works in place on a linear layer's output, which that layer does not need again. Elsewhere its input has another reader.
   bool works_in_place(std::size_t layer) const { return layer > 0 && !layers_[layer].is_linear() && layers_[layer - 1].is_linear(); }
 
-  // A lone linear layer has a pass of its own, which forms no outputs in memory.
   bool is_lone_linear() const { return layers_.size() == 1 && layers_.front().is_linear(); }
   LinearShape linear_shape() const { return {in_features(), out_features(), layers_.front().has_bias}; }
+  // A lone linear layer that is not too large has a pass of its own, which forms no outputs in memory.
+  bool has_one_pass() const { return is_lone_linear() && gdlib::has_one_pass(linear_shape()); }
 
  private:
   std::vector<Layer> layers_;
@@ -53,7 +54,7 @@ class Network {
 
 enum class Need { outputs, gradient };
 
-// What passes need besides their result, taken once and kept from step to step; of a lone linear layer, its own.
+// What passes need besides their result, taken once and kept from step to step; of one pass, its own.
 template <class T>
 struct NetworkScratch {
   // For calls with at most `batch_rows` rows, scattered by an index or not.

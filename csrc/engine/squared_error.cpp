@@ -135,19 +135,16 @@ double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::s
   return loss;
 }
 
-// Many outputs: tasks of rows with gradients of their own where these are small, else blocks of rows one after the other, whose products
-// share the threads.
+// Many outputs: tasks of rows with gradients of their own.
 template <class T>
 double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient, LinearScratch<T>& scratch,
                              Interrupt& interrupt) {
   const std::size_t in = shape.in_features, out = shape.out_features, n = shape.parameters();
-  const bool in_tasks = n <= most_partial;
-  const double cycles = cycles_of_batch(shape, batch);
-  // Rows of a block: with outputs and targets a fourth of L2, or for large layers enough to share out among threads.
+  // Rows of a block: with outputs and targets a fourth of L2.
   const std::size_t fitting = l2_bytes() / 4 / ((in + 2 * out) * sizeof(T)) / 8 * 8;
-  const std::size_t block_rows = std::min(batch.rows, in_tasks ? std::clamp<std::size_t>(fitting, 32, 256) : std::size_t{512});
+  const std::size_t block_rows = std::min(batch.rows, std::clamp<std::size_t>(fitting, 32, 256));
   const std::size_t memory = block_rows * (2 * out + (batch.index ? in : 0));
-  const std::size_t task_rows = in_tasks ? rows_per_piece(batch.rows, in, out, sizeof(T)) : batch.rows;
+  const std::size_t task_rows = rows_per_piece(batch.rows, in, out, sizeof(T));
   const std::size_t tasks = ceil_divide(batch.rows, task_rows);
   PackedMatrix<T> packed;  // laid out once for all blocks
   const bool pack = batch.rows > block_rows || tasks > 1;
@@ -156,25 +153,9 @@ double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, co
   if (tasks == 1) {
     scratch.rows.resize(memory);
     std::fill_n(gradient, n, T(0));
-    const bool long_chain = batch.rows > most_chain;
-    if (long_chain) scratch.sums.assign(n, 0.0);
-    double loss = 0.0;
-    // Large layers look for an interrupt after each block.
-    const std::size_t stretch = in_tasks ? batch.rows : block_rows;
-    for (std::size_t begin = 0, chain = 0; begin < batch.rows && !interrupt.check(); begin += stretch) {
-      const std::size_t end = std::min(batch.rows, begin + stretch);
-      loss += add_rows_gradient(shape, batch, begin, end, end, block_rows, parameters, weights, gradient, scratch.rows.data());
-      chain += end - begin;
-      if (!long_chain || (chain < most_chain && end < batch.rows)) continue;
-      for (std::size_t i = 0; i < n; ++i) scratch.sums[i] += static_cast<double>(gradient[i]);
-      std::fill_n(gradient, n, T(0));
-      chain = 0;
-    }
-    if (long_chain)
-      for (std::size_t i = 0; i < n; ++i) gradient[i] = static_cast<T>(scratch.sums[i]);
-    return loss;
+    return add_rows_gradient(shape, batch, 0, batch.rows, batch.rows, block_rows, parameters, weights, gradient, scratch.rows.data());
   }
-  const int threads = threads_for(cycles);
+  const int threads = threads_for(cycles_of_batch(shape, batch));
   const bool one_each = static_cast<std::size_t>(threads) >= tasks;
   scratch.rows.resize(memory * static_cast<std::size_t>(threads));
   scratch.partials.assign(tasks * n, T(0));
@@ -193,6 +174,8 @@ double many_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, co
 }
 
 }  // namespace
+
+bool has_one_pass(const LinearShape& shape) { return shape.out_features < few_outputs || shape.parameters() <= most_partial; }
 
 template <class T>
 double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient,

@@ -24,11 +24,14 @@ template <class T>
 struct LinearScratch {
   AlignedVector<T> rows;  // blocks of outputs, targets and gathered rows, where outputs are many
   AlignedVector<T> partials;
-  AlignedVector<double> losses, sums;
+  AlignedVector<double> losses;
 };
 
-// gradient[parameters] = the gradient of the sum of squared errors over the batch; returns that sum. One pass over x. The result is
-// meaningless once `interrupt` has been requested.
+// Whether its gradient is small enough for each task to have its own. A larger one is computed as a network's is.
+bool has_one_pass(const LinearShape& shape);
+
+// gradient[parameters] = the gradient of the sum of squared errors over the batch; returns that sum. One pass over x, for shapes that have
+// one. The result is meaningless once `interrupt` has been requested.
 template <class T>
 double linear_squared_error_gradient(const LinearShape& shape, const Batch<T>& batch, const T* parameters, T* gradient,
                                      LinearScratch<T>& scratch, Interrupt& interrupt);
