@@ -69,7 +69,7 @@ def test_steps_of_wide_layers_and_large_batches(batch_size, widths, momentum, dt
 
 
 def test_full_batches_of_many_passes():
-    """9000 rows take three native passes: the loss and the step are those of all rows."""
+    """9000 rows take nine native passes: the loss and the step are those of all rows."""
     X, y = problem(9000)
     model = small()
     output, gradients, _ = numpy_pass(model, X, y)
