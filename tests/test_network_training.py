@@ -68,6 +68,56 @@ def test_steps_of_wide_layers_and_large_batches(batch_size, widths, momentum, dt
     np.testing.assert_allclose(native._arena.data, readable._arena.data, rtol=0, atol=rtol * way * 10)
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 2e-5), (np.float64, 1e-12)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "widths", "bias"),
+    [
+        (750, 300, (70, 1000), True),  # more than 65,536 parameters in one layer, scattered rows, a last batch that is smaller
+        (750, 300, (70, 1000), False),
+        (2500, 2400, (70, 1000), True),  # three passes, whose gradients are one chain
+        (2500, 2400, (5, 9000, 2), True),
+        (20_000, 18_000, (5, 40, 2), True),  # and where that would be too long
+        (20_000, 18_000, (70, 1000), True),
+    ],
+)
+def test_large_layers_and_batches(rows, batch_size, widths, bias, momentum, dtype, rtol):
+    rng = np.random.default_rng(6)
+    X, y = (rng.standard_normal((rows, width)).astype(dtype) for width in (widths[0], widths[-1]))
+    y *= 10
+
+    def model():
+        layers = []
+        for pair in itertools.pairwise(widths):
+            layers += [Tanh()] * bool(layers) + [Linear(*pair, bias, dtype=dtype, seed=0)]
+        return Sequential(*layers)
+
+    readable, native = model(), model()
+    start = native._arena.data.copy()
+    lr = 2 / widths[-2] if len(widths) > 2 else 20.0
+    given = {"batch_size": batch_size, "shuffle": True, "seed": 4}
+    losses = loop(readable, X, y, SGD(readable.parameters(), lr, momentum=momentum), MSELoss(), 2, **given)
+    history = fit(native, X, y, loss=MSELoss(), optimizer=SGD(native.parameters(), lr, momentum=momentum), epochs=2, **given)
+    np.testing.assert_allclose(history.loss, losses, rtol=rtol)
+    way = np.abs(readable._arena.data - start).max()
+    assert way > 5e-4
+    np.testing.assert_allclose(native._arena.data, readable._arena.data, rtol=0, atol=rtol * way * 10)
+
+
+def test_an_update_that_waits_for_all_gradients():
+    """More than 8 * 10^9 multiply-adds of weight gradients may be interrupted, so that no weight changes before all are there."""
+    rng = np.random.default_rng(7)
+    X, y = (rng.standard_normal((1024, width), dtype=np.float32) for width in (2900, 2800))
+    model = Linear(2900, 2800, seed=0)
+    weight, bias = model.weight.data.copy(), model.bias.data.copy()
+    fit(model, X, y, loss=MSELoss(), optimizer=GD(model.parameters(), lr=100.0), epochs=1)
+    residual = X @ weight.T + bias - y
+    for parameter, before, gradient in ((model.weight, weight, residual.T @ X), (model.bias, bias, residual.sum(axis=0))):
+        step = np.float32(200.0 / y.size) * gradient
+        assert np.abs(step).max() > 1e-3
+        np.testing.assert_allclose(parameter.data, before - step, rtol=0, atol=1e-4 * np.abs(step).max())
+
+
 def test_full_batches_of_many_passes():
     """9000 rows take nine native passes: the loss and the step are those of all rows."""
     X, y = problem(9000)
@@ -84,7 +134,7 @@ def test_full_batches_of_many_passes():
 # Pieces of a batch, in one pass and in several; products that are cut; each thread some rows, then some outputs; steps too short to share.
 @pytest.mark.parametrize(
     ("rows", "hidden", "batch"),
-    [(9000, 40, 9000), (9000, 7, 5000), (4000, 64, 701), (1600, 5000, 800), (1500, 9000, 700), (2000, 120, 101), (1000, 64, 32)],
+    [(9000, 40, 9000), (9000, 7, 5000), (4000, 64, 701), (1600, 5000, 800), (1500, 9000, 1300), (2000, 120, 101), (1000, 64, 32)],
 )
 def test_the_same_bits_for_every_thread_count(threads, dtype, rows, hidden, batch):
     X, y = problem(rows, dtype=dtype)
