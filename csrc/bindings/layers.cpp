@@ -12,6 +12,7 @@
 #include "../dispatch/dispatch.h"
 #include "../engine/linear.h"
 #include "../engine/network.h"
+#include "../engine/tasks.h"
 
 namespace gdlib::bindings {
 namespace {
@@ -142,8 +143,10 @@ Array activate(const std::string& kind, const Array& x, const OptionalArray& out
     T* const y = write_flat<T>(result, "out").data;
     {
       const WithoutGil released;
-      if (y != from.data) std::copy_n(from.data, from.size, y);
-      table<T>().activation_forward(activation, 1, from.size, y, from.size);
+      in_stretches(from.size, [&](std::size_t at, std::size_t size) {
+        if (y != from.data) std::copy_n(from.data + at, size, y + at);
+        table<T>().activation_forward(activation, 1, size, y + at, size);
+      });
     }
     return result;
   });
@@ -160,8 +163,10 @@ Array activate_backward(const std::string& kind, const Array& y, const Array& g,
     require_apart<T>(into, output.size, "out", output.data, output.size, "y");
     {
       const WithoutGil released;
-      if (into != from.data) std::copy_n(from.data, from.size, into);
-      table<T>().activation_backward(activation, 1, output.size, output.data, output.size, into, output.size);
+      in_stretches(output.size, [&](std::size_t at, std::size_t size) {
+        if (into != from.data) std::copy_n(from.data + at, size, into + at);
+        table<T>().activation_backward(activation, 1, size, output.data + at, size, into + at, size);
+      });
     }
     return result;
   });
@@ -190,7 +195,7 @@ Array elementwise(const Array& output, const Array& target, Kernel kernel) {
     T* const data = write_flat<T>(result, "out").data;
     {
       const WithoutGil released(o.size);
-      kernel(o.size, o.data, t.data, data);
+      in_stretches(o.size, [&](std::size_t at, std::size_t size) { kernel(size, o.data + at, t.data + at, data + at); });
     }
     return result;
   });
@@ -213,7 +218,9 @@ void sgd_update(const Array& parameter, const Array& gradient, const OptionalArr
     const SgdOptions<T> options{static_cast<T>(lr),           static_cast<T>(momentum), static_cast<T>(dampening),
                                 static_cast<T>(weight_decay), nesterov,                 maximize};
     const WithoutGil released(p.size);
-    table<T>().sgd_update({1, p.size, options, T(1), first_step, g.data, p.size, p.data, buffer, p.size});
+    in_stretches(p.size, [&](std::size_t at, std::size_t size) {
+      table<T>().sgd_update({1, size, options, T(1), first_step, g.data + at, size, p.data + at, buffer ? buffer + at : nullptr, size});
+    });
   });
 }
 

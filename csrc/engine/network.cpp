@@ -148,14 +148,10 @@ std::size_t parts_of(const Network& network, std::size_t rows) {
   return std::max<std::size_t>(1, std::min<std::size_t>(threads_of_pass(network, rows), rows / least_part));
 }
 
-// Shows `finished` the whole gradient, in stretches on all threads.
+// Shows `finished` the whole gradient, on all threads.
 template <class T>
 void visit_all(std::size_t n, const T* gradient, SegmentVisitor<T> finished) {
-  constexpr std::size_t stretch = 1 << 14;
-  parallel_for(ceil_divide(n, stretch), threads_for(static_cast<double>(n)), [&](std::size_t i, std::size_t) {
-    const std::size_t at = i * stretch, size = std::min(stretch, n - at);
-    finished({at, 1, size, size, gradient + at, size});
-  });
+  in_stretches(n, [&](std::size_t at, std::size_t size) { finished({at, 1, size, size, gradient + at, size}); });
 }
 
 // The gradient of the squared error of a batch. Its sums are cut by sizes alone; the threads only decide who computes which.

@@ -48,6 +48,16 @@ inline double cycles_of(std::size_t rows, std::size_t in_features, std::size_t o
   return static_cast<double>(rows) * static_cast<double>(in_features) * static_cast<double>(out_features) / 8.0;
 }
 
+// body(begin, size) for stretches of n elements that do not depend on each other, on all threads: a task takes some microseconds, ten times
+// what handing it out costs.
+template <class Body>
+void in_stretches(std::size_t n, const Body& body) {
+  constexpr std::size_t stretch = 1 << 14;
+  const auto cycles = static_cast<double>(n);  // one or two for each
+  parallel_for(ceil_divide(n, stretch), threads_for(cycles),
+               [&](std::size_t i, std::size_t) { body(i * stretch, std::min(stretch, n - i * stretch)); });
+}
+
 // total[n] (+)= the partial vectors in order, carried in double. They are read as they lie, a stretch of each at a time.
 template <class T>
 void sum_partials(std::size_t count, std::size_t n, const T* partials, bool accumulate, T* total) {
