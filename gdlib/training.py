@@ -350,8 +350,8 @@ def fit(
     when None); with GD all rows, in order, in one pass over X. The same run as the readable loop over
     `DataLoader(X, y, batch_size, shuffle, seed)`, to rounding.
 
-    A step of a Sequential goes over its rows in passes of up to 4096, fewer where layers are wide: what the engine keeps of them stays
-    near 64 MiB for any batch.
+    A step of a Sequential, and of a Linear with 8 outputs and 65,537 parameters or more, goes over its rows in passes of up to 1024, fewer
+    where layers are wide: what the engine keeps of them stays near 64 MiB for any batch.
 
     `seed` fixes the order of the rows: one number gives every epoch that order, a sequence gives each epoch its own, None draws a fresh
     one for each. Same seed, same machine: the same bits for any number of threads. (One order for all epochs converges at the rate of

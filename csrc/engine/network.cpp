@@ -36,13 +36,15 @@ void Network::add(Activation activation, std::size_t in_features, std::size_t ou
 
 namespace {
 
-// Rows of one pass: as many as fit 64 MiB, so that memory stays bounded for any batch, and as 5 * 10^9 multiply-adds of a layer allow (50
-// to 100 ms on two cores), so that Ctrl-C is answered; by 10^9, as each pass reads and writes the whole gradient, a step of 4096-4096-1000,
-// 256 rows, took twice as long. At most 1024, whose inputs and outputs are in a cache when they are used again: 4096 took 2 to 12 % longer.
-constexpr std::size_t least_rows = 64, most_rows = 1024, most_bytes = 64 << 20, most_work = 5'000'000'000;
+// Rows of one pass: as many as fit 64 MiB, so that memory stays bounded for any batch, and as 5 * 10^9 multiply-adds of a layer allow in
+// float32, half in float64 (a tenth of a second on one core with AVX-512), so that Ctrl-C is answered; by 10^9, as each pass reads and
+// writes the whole gradient, a step of 4096-4096-1000, 256 rows, took twice as long. At most 1024, whose inputs and outputs are in a cache
+// when they are used again: 4096 took 2 to 12 % longer.
+constexpr std::size_t least_rows = 64, most_rows = 1024, most_bytes = 64 << 20;
+constexpr std::uint64_t most_work = 20'000'000'000;  // multiply-adds times bytes of an element, as the next
 
-// Most multiply-adds of the weight gradients that update their weights at once, which nothing interrupts.
-constexpr std::size_t most_work_of_update = 8'000'000'000;
+// Of the weight gradients that update their weights at once, which nothing interrupts.
+constexpr std::uint64_t most_work_of_update = 32'000'000'000;
 
 }  // namespace
 
@@ -59,9 +61,10 @@ NetworkScratch<T>::NetworkScratch(const Network& network, std::size_t batch_rows
     most_weights = std::max(most_weights, layers[i].weights());
   }
   if (scattered) per_row += network.in_features() + network.out_features();
-  rows = std::min({most_rows, most_bytes / (per_row * sizeof(T)), most_work / most_weights});
+  const std::uint64_t working = most_work / sizeof(T) / most_weights;
+  rows = static_cast<std::size_t>(std::min<std::uint64_t>(working, std::min(most_rows, most_bytes / (per_row * sizeof(T)))));
   rows = std::min(batch_rows, std::max(least_rows, rows / 64 * 64));
-  if (rows > 0) {  // passes of about equal size
+  if (rows > 0) {  // passes of a whole batch are about equal
     const std::size_t passes = ceil_divide(batch_rows, rows);
     rows = std::min(rows, ceil_divide(ceil_divide(batch_rows, passes), 64) * 64);
   }
@@ -206,12 +209,12 @@ class BatchGradient {
     const double loss = pass.squared_error();
     if (finished && !std::isfinite(loss)) return loss;
     if (parts == 1 && !pass.backward()) return loss;
-    if (!finished || rows > most_work_of_update / std::max<std::size_t>(1, n)) {
+    if (!finished || rows > most_work_of_update / sizeof(T) / std::max<std::size_t>(1, n)) {
       pass.parameter_gradients(gradient_, accumulate);
       if (finished && !interrupt_.requested()) visit_all(n, gradient_, finished);
     } else if (parts > 1) {
       pass.update_in_parts(parts, gradient_, finished);
-    } else {
+    } else if (!interrupt_.check_after(rows * n)) {
       pass.update_all(gradient_, finished);
     }
     return loss;

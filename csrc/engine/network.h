@@ -98,8 +98,8 @@ struct Segment {
 template <class T>
 using SegmentVisitor = Visitor<const Segment<T>&>;
 
-// The same, and gradient[parameters] = its gradient. `finished` visits every parameter once, in segments and on several threads, so that an
-// update finds the gradient in the cache; not at all when the loss is not finite, or after an interrupt. With it, `gradient` is memory for
+// The same, and gradient[parameters] = its gradient. `finished` visits every parameter once, in segments and on several threads, where it
+// can while the gradient is in the cache; not at all when the loss is not finite, or after an interrupt. With it, `gradient` is memory for
 // those that have to wait, and what it holds afterwards is unspecified.
 template <class T>
 double network_squared_error_gradient(const Network& network, const Batch<T>& batch, const T* parameters, T* gradient,

@@ -35,7 +35,8 @@ class Pass {
     }
     T* const x = at(scratch_.gathered, in);
     T* const target = at(scratch_.targets, out);
-    if (gather) gather_rows(batch, begin, rows, begin + batch.rows, in, out, x, target);
+    const std::size_t next = begin + std::min(batch.rows, scratch_.rows);  // the same place in the next pass
+    if (gather) gather_rows(batch, begin, rows, next, in, out, x, target);
     x_ = x;
     x_stride_ = in;
     target_ = target;
@@ -126,7 +127,8 @@ class Pass {
     }
   }
 
-  // Or, block by block, what `finished` visits; `memory` as large has room for it. A step is made whole: no interrupt ends it.
+  // Instead of that: `finished` visits it block by block; memory[parameters] is for blocks that have to wait. A step is made whole: no
+  // interrupt ends it.
   void update_all(T* memory, SegmentVisitor<T> finished) const {
     for (std::size_t i = network_.layers().size(); i-- > 0;) {
       const Layer& layer = network_.layers()[i];
