@@ -53,6 +53,7 @@ inline double cycles_of(std::size_t rows, std::size_t in_features, std::size_t o
 template <class Body>
 void in_stretches(std::size_t n, const Body& body) {
   constexpr std::size_t stretch = 1 << 14;
+  if (n <= stretch) return body(0, n);
   const auto cycles = static_cast<double>(n);  // one or two for each
   parallel_for(ceil_divide(n, stretch), threads_for(cycles),
                [&](std::size_t i, std::size_t) { body(i * stretch, std::min(stretch, n - i * stretch)); });
