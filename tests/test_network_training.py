@@ -276,7 +276,10 @@ def test_auto_lr_is_for_a_linear():
     np.testing.assert_array_equal(model._arena.data, before)
 
 
-@pytest.mark.parametrize(("rows", "hidden", "epochs"), [(60_000, 1000, 100), (60_000, 64, 10_000), (1000, 64, 10**6), (600, 7900, 1000), (1024, 7900, 1000)])
+@pytest.mark.parametrize(
+    ("rows", "hidden", "epochs"),
+    [(60_000, 1000, 100), (60_000, 64, 10_000), (1000, 64, 10**6), (600, 7900, 1000), (1024, 7900, 1000)],
+)
 def test_ctrl_c_ends_a_large_step(rows, hidden, epochs):
     """In a step of 2 * 10^11 multiply-adds, some seconds, in pieces of many passes and of one, and where weights are updated as their
     gradient is there, or all at the end: no step is left half made."""
