@@ -23,7 +23,7 @@ NETWORKS = (
     ((784, 512, 512, 10), 128, 64),
     ((1024, 1024, 1024, 1024), 512, 16),
 )
-# Larger layers than the aims name, whose parameters and batches do not fit a cache; the last two have one layer.
+# Larger layers than the aims name, and two lone ones of more than 65,536 parameters.
 LARGER = (
     ((2048, 2048, 512), 1024, 4),
     ((4096, 4096, 1000), 256, 4),

@@ -27,7 +27,7 @@ struct LinearScratch {
   AlignedVector<double> losses;
 };
 
-// Whether its gradient is small enough for each task to have its own. A larger one is computed as a network's is.
+// Whether it has few outputs, or a gradient small enough for each task to have its own. Others are computed as a network is.
 bool has_one_pass(const LinearShape& shape);
 
 // gradient[parameters] = the gradient of the sum of squared errors over the batch; returns that sum. One pass over x, for shapes that have
