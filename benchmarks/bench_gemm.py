@@ -142,7 +142,7 @@ def _group(shape: tuple[int, int, int], dtype: str, part: str) -> Group:
         moved += rows * inputs + 2 * inputs * outputs  # the input's gradient is written; the weight's read and written
     contenders = [
         Contender("gdlib", linear_forward if part == FORWARD else linear_gradients),
-        *([Contender("gdlib", linear_predict, variant="predict")] if part == FORWARD else []),
+        *([Contender("gdlib predict", linear_predict)] if part == FORWARD else []),
         Contender("NumPy", partial(numpy_layer, part=part)),
         *peers.pytorch("PyTorch", partial(pytorch_layer, part=part), form="addmm, mm", around=peers.inference_mode),
         *(peers.pytorch("PyTorch", pytorch_linear, form="linear", around=peers.inference_mode) if part == FORWARD else []),

@@ -85,6 +85,19 @@ def works() -> dict[str, Work]:
 
         return 1000, run
 
+    def training_step() -> Work:
+        model, criterion, x, target = gdlib.Linear(10, 1, seed=0), gdlib.MSELoss(), array(32, 10), array(32, 1)
+        optimizer = gdlib.SGD(model.parameters(), lr=0.01)
+
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                optimizer.zero_grad()
+                criterion(model(x), target)
+                model.backward(criterion.backward())
+                optimizer.step()
+
+        return 1000, run
+
     short, line, plane, wide = (gdlib.Linear(features, 1, seed=0) for features in (8, 10, 100, 1000))
     found = {
         "fit, SGD: an epoch of 10,000 x 10, batch 32, shuffled": training(
@@ -97,6 +110,7 @@ def works() -> dict[str, Work]:
         "gradients, 96 x 200 -> 120, float32": products(96, 200, 120, "float32", backward=True),
         "forward, 96 x 200 -> 120, float64": products(96, 200, 120, "float64", backward=False),
         "predict, 1 x 10 -> 1": prediction(),
+        "the readable loop, a step, 32 x 10 -> 1": training_step(),
     }
     if hasattr(gdlib, "Sequential"):
         layers = gdlib.Linear(13, 64, seed=0), gdlib.ReLU(), gdlib.Linear(64, 64, seed=1), gdlib.ReLU(), gdlib.Linear(64, 1, seed=2)

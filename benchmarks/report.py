@@ -43,14 +43,16 @@ CALLS_NOTE = """NumPy and PyTorch in their fastest forms: results in new arrays 
 inference mode. Theirs are written over, gdlib's add up. The limit is a native call that does nothing.
 """
 GEMM_NOTE = """The gradients are those of weight and bias, added to what is there, and of the input. NumPy multiplies with OpenBLAS,
-PyTorch with MKL, into arrays that are there already. The limit is the FMA peak; for a batch of one row, reading as many bytes.
+PyTorch with MKL, into arrays that are there already, as gdlib does; its predict makes a new one, and keeps packed weights between calls,
+which no aim counts. The limit is the FMA peak; for a batch of one row, reading as many bytes.
 """
 NETWORKS_NOTE = f"""Linear layers with ReLU between, mean squared error, plain SGD, whole epochs over the same batches in order. Everyone
 starts from equal parameters; those after the first epoch agree with float64 to {networks.TOLERANCE:g} of the way that they have gone.
 PyTorch runs the usual loop over batches that are there already, SGD plain or fused; JAX an epoch in one jit(lax.scan). The limit is the
-FMA peak of {machine.plural(machine.THREADS)}.
+FMA peak of {machine.plural(machine.THREADS)}. The aims are those of the first {len(networks.AIMED)} networks.
 """
-THREADS_NOTE = """The limit is the FMA peak, for the largest descent the read bandwidth: what the machine itself gains by its threads.
+THREADS_NOTE = f"""The limit is the FMA peak, for the largest descent the read bandwidth: what the machine itself gains by its threads.
+Computing counts as the cost of products and networks from {threads.LEAST_COMPUTE_BOUND} inputs on; below, so is what cores tell each other.
 """
 SCALING_NOTE = """The exponent is the slope of the straight line through the logarithms of cost and size: 1 is proportional, -1 for threads.
 Few threads give few points, which a line meets exactly: no R^2. Sizes begin where the work is more than the call.

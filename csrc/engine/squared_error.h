@@ -1,4 +1,4 @@
-// The squared error of a linear layer and its gradient in one pass over the data, which forms no outputs in memory: what training uses.
+// The squared error of a linear layer and its gradient in one pass over the data; outputs are formed for a block of rows at most.
 #pragma once
 
 #include <cstddef>

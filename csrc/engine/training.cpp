@@ -46,9 +46,7 @@ class RowSource {
   }
 
  private:
-  static constexpr std::size_t half_of_l2 = 512 << 10;  // of the smallest L2 in use, 1 MiB: to fetch ahead within it only costs
-
-  bool prefetch() const { return bytes_ > half_of_l2; }
+  bool prefetch() const { return bytes_ > l2_bytes() / 2; }  // to fetch ahead within L2 only costs
 
   const Round<T>& round_;
   std::size_t bytes_;  // of x

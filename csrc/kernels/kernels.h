@@ -110,7 +110,6 @@ constexpr size_t most_tile_vectors = 3;
 // What may follow a linear layer; none: nothing does.
 enum class Activation { none, relu, tanh, sigmoid };
 
-
 template <class T>
 struct KernelTable {
   // GEMM. c = start + a b on a tile of r rows and v vectors of columns (the last one whole or in part) by gemm_tile[r - 1][v - 1], for r up

@@ -37,7 +37,7 @@ void check_threads(int threads) {
   other.join();
   expect(other_good, name + " of that other caller");
 
-  bool thrown = false;
+  int thrown = 0;
   for (int loop = 0; loop < 20; ++loop) {
     std::atomic<int> tasks{0};
     try {
@@ -46,10 +46,10 @@ void check_threads(int threads) {
         if (i % 3 == 1) throw std::bad_alloc();
       });
     } catch (const std::bad_alloc&) {
-      thrown = tasks == 10;
+      thrown += tasks == 10;
     }
   }
-  expect(thrown && run_loops(threads), name + " after one that throws");
+  expect(thrown == 20 && run_loops(threads), name + " after one that throws");
 
   // Short steps are tried both ways.
   bool good = true, shared = false, alone = false;

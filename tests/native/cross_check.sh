@@ -10,6 +10,7 @@ shift
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 cmake -S . -B "$build" -DCMAKE_CXX_COMPILER="$compiler" -DGDLIB_NATIVE_CHECK=ON -DGDLIB_WERROR=ON \
-  ${GDLIB_SANITIZE:+-DGDLIB_SANITIZE=$GDLIB_SANITIZE} ${CROSS_PROCESSOR:+-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$CROSS_PROCESSOR} >/dev/null
+  ${GDLIB_SANITIZE:+-DGDLIB_SANITIZE=$GDLIB_SANITIZE} \
+  ${CROSS_PROCESSOR:+-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$CROSS_PROCESSOR} >/dev/null
 cmake --build "$build" --parallel 2 >/dev/null
 "$@" "$build/native_check"

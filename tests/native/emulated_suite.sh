@@ -28,10 +28,11 @@ apt-get install -y -qq --download-only --no-install-recommends libpython3-dev py
 for package in "$place"/apt/cache/archives/*.deb; do dpkg -x "$package" "$root"; done
 python=$(readlink -f "$root/usr/bin/python3")
 version=${python##*/python}
+[ "$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = "$version" ] || { echo "python3 is not Debian's $version"; exit 1; }
 
 python3 -m pip install --quiet --target "$place/site" --only-binary :all: --implementation cp --python-version "$version" \
   --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 numpy pytest hypothesis safetensors
-cp -r gdlib tests pyproject.toml "$place/site"
+tar -c --exclude __pycache__ gdlib tests pyproject.toml | tar -x -C "$place/site"
 cmake -S . -B "$place/build" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
   -DCMAKE_CXX_FLAGS="-isystem $root/usr/include" -DPython_EXECUTABLE="$(command -v python3)" \
   -DPython_INCLUDE_DIR="$root/usr/include/python$version" -Dpybind11_DIR="$(python3 -m pybind11 --cmakedir)" >/dev/null
@@ -41,5 +42,5 @@ cp "$place"/build/_core.*.so "$place/site/gdlib/_core.so"
 libraries=$root/usr/lib/aarch64-linux-gnu:$root/lib/aarch64-linux-gnu
 cd "$place/site"
 # No process can start another of its kind.
-qemu-aarch64 -L "$root" -E LD_LIBRARY_PATH="$libraries" -E PYTHONPATH="$place/site" -E OPENBLAS_NUM_THREADS=1 "$python" -m pytest -q \
+exec qemu-aarch64 -L "$root" -E LD_LIBRARY_PATH="$libraries" -E PYTHONPATH="$place/site" -E OPENBLAS_NUM_THREADS=1 "$python" -m pytest -q \
   -p no:cacheprovider --ignore tests/kernels/test_processes.py "$@"
