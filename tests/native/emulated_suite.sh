@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs Python tests on an emulated aarch64, whose kernels are those of NEON: emulated_suite.sh [WORD FOR PYTEST ...], such as
 #   emulated_suite.sh tests/kernels -k neon            (16 minutes on one core; 4 without 2201x1001x400 and 900x1000x700)
-#   emulated_suite.sh tests/kernels -k neon -m slow    (all sizes: 25 minutes)
+#   emulated_suite.sh tests/kernels -k neon -m slow    (all sizes: 22 minutes)
 # Debian's Python for arm64 and wheels for it are unpacked under build/aarch64, where the module is built too; nothing is installed.
 # Wanted are cmake, g++-aarch64-linux-gnu, qemu-user and, on PATH, a Python that has pip and pybind11.
 set -euo pipefail
