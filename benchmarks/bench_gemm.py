@@ -133,6 +133,16 @@ def pytorch_linear(layer: Layer) -> Run:
     return lambda: (functional.linear(x, weight, bias),)
 
 
+def contenders(part: str) -> list[Contender]:
+    return [
+        Contender("gdlib", linear_forward if part == FORWARD else linear_gradients),
+        *([Contender("gdlib predict", linear_predict)] if part == FORWARD else []),
+        Contender("NumPy", partial(numpy_layer, part=part)),
+        *peers.pytorch("PyTorch", partial(pytorch_layer, part=part), form="addmm, mm", around=peers.inference_mode),
+        *(peers.pytorch("PyTorch", pytorch_linear, form="linear", around=peers.inference_mode) if part == FORWARD else []),
+    ]
+
+
 def _group(shape: tuple[int, int, int], dtype: str, part: str) -> Group:
     rows, inputs, outputs = shape
     size, products = np.dtype(dtype).itemsize, 1 if part == FORWARD else 2
@@ -140,19 +150,12 @@ def _group(shape: tuple[int, int, int], dtype: str, part: str) -> Group:
     moved = rows * inputs + inputs * outputs + rows * outputs  # forward: all of them once
     if part == GRADIENTS:
         moved += rows * inputs + 2 * inputs * outputs  # the input's gradient is written; the weight's read and written
-    contenders = [
-        Contender("gdlib", linear_forward if part == FORWARD else linear_gradients),
-        *([Contender("gdlib predict", linear_predict)] if part == FORWARD else []),
-        Contender("NumPy", partial(numpy_layer, part=part)),
-        *peers.pytorch("PyTorch", partial(pytorch_layer, part=part), form="addmm, mm", around=peers.inference_mode),
-        *(peers.pytorch("PyTorch", pytorch_linear, form="linear", around=peers.inference_mode) if part == FORWARD else []),
-    ]
     if rows > 1:
-        contenders.append(machine.fma_peak(dtype, machine.THREADS, flops))
+        limits = [machine.fma_peak(dtype, machine.THREADS, flops)]
     else:  # each weight is used once, and the limit is reading them
-        contenders += machine.reading("as many bytes read once", lambda layer: layer.weight, machine.THREADS, inputs * outputs / moved)
-    title = f"{part}, {rows} x {inputs} -> {outputs} {dtype}"
-    return Group(title, "call", contenders, partial(problem, *shape, dtype), partial(check, part), "", flops, moved * size, "GFLOP", dtype)
+        limits = machine.reading("as many bytes read once", lambda layer: layer.weight, machine.THREADS, inputs * outputs / moved)
+    title, layer = f"{part}, {rows} x {inputs} -> {outputs} {dtype}", partial(problem, *shape, dtype)
+    return Group(title, "call", [*contenders(part), *limits], layer, partial(check, part), "", flops, moved * size, "GFLOP", dtype)
 
 
 GROUPS = [_group(shape, dtype, part) for dtype in DTYPES for shape in SHAPES for part in (FORWARD, GRADIENTS)]

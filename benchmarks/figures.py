@@ -8,6 +8,7 @@ from benchmarks import aims, machine, plots
 from benchmarks import bench_calls as calls
 from benchmarks import bench_gemm as gemm
 from benchmarks import bench_gradient_descent as descent
+from benchmarks import bench_kernels as kernels
 from benchmarks import bench_networks as networks
 from benchmarks import bench_reference as reference
 from benchmarks import bench_scaling as scaling
@@ -18,13 +19,14 @@ from benchmarks.results import Results, best_peer, limit, ours, share
 from benchmarks.tables import digits
 
 FAMILIES = {  # of the points on a roofline
+    "kernels one by one": kernels.GROUPS,
     "gradient descent, step": descent.GROUPS,
     "SGD, epoch": [*sgd.GROUPS, *reference.GROUPS],
     "products, forward": [group for group in gemm.GROUPS if group.title.startswith(gemm.FORWARD)],
     "products, gradients": [group for group in gemm.GROUPS if group.title.startswith(gemm.GRADIENTS)],
     "network, training step": networks.GROUPS,
 }
-RATIOS = [*reference.GROUPS, *calls.GROUPS, *descent.GROUPS, *sgd.GROUPS, *gemm.GROUPS, *networks.GROUPS]
+RATIOS = [*reference.GROUPS, *calls.GROUPS, *descent.GROUPS, *sgd.GROUPS, *kernels.GROUPS, *gemm.GROUPS, *networks.GROUPS]
 
 
 def available(results: Results) -> set[str]:

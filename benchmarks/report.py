@@ -13,6 +13,7 @@ from benchmarks import bench_calls as calls
 from benchmarks import bench_footprint as footprint
 from benchmarks import bench_gemm as gemm
 from benchmarks import bench_gradient_descent as descent
+from benchmarks import bench_kernels as kernels
 from benchmarks import bench_networks as networks
 from benchmarks import bench_reference as reference
 from benchmarks import bench_scaling as scaling
@@ -26,7 +27,7 @@ from benchmarks.tables import aim_table, blas, group_table, machine_table, scali
 PINS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # kernels and cache sizes of another machine: NumPy at its best runs without them
 COMMAND = "python -m benchmarks.report"
 QUICK_ROUNDS = 1
-TOPICS = (footprint, machine, reference, calls, descent, sgd, gemm, networks, threads, scaling)
+TOPICS = (footprint, machine, reference, calls, descent, sgd, kernels, gemm, networks, threads, scaling)
 GROUPS = [group for topic in TOPICS for group in topic.GROUPS]
 INTRODUCTION = f"""# Benchmarks
 
@@ -41,6 +42,11 @@ write at least. What fits a cache can stand above the slope, which is that of me
 """
 CALLS_NOTE = """NumPy and PyTorch in their fastest forms: results in new arrays or in old ones; autograd, or gradients written out in
 inference mode. Theirs are written over, gdlib's add up. The limit is a native call that does nothing.
+"""
+KERNELS_NOTE = f"""The kernels that no other part of this page has by themselves, on {kernels.ELEMENTS:,} elements (the average:
+of {kernels.MODELS} vectors that are as many together). Everyone writes in place or into arrays that are there already; of PyTorch the
+operators that its modules and autograd call, which take a place for the result. The limit is the read bandwidth, a byte that is written
+counting as one that is read.
 """
 GEMM_NOTE = """The gradients are those of weight and bias, added to what is there, and of the input. NumPy multiplies with OpenBLAS,
 PyTorch with MKL, into arrays that are there already, as gdlib does; its predict makes a new one, and keeps packed weights between calls,
@@ -87,6 +93,7 @@ def page(results: Results, products: str, load: float, picture: str) -> str:
             part("Single calls", topic_table("Linear(10, 1)", calls.GROUPS, results), CALLS_NOTE),
             part("Gradient descent", show("gradient-descent", "Gradient descent"), each(descent.GROUPS)),
             part("Stochastic gradient descent", each(sgd.GROUPS)),
+            part("Kernels one by one", topic_table("Kernel", kernels.GROUPS, results), KERNELS_NOTE),
             part("Matrix products", topic_table("batch x in -> out", gemm.GROUPS, results), GEMM_NOTE),
             part("Networks", topic_table("Training step", networks.GROUPS, results), NETWORKS_NOTE),
             part("Threads", threads_table(results), THREADS_NOTE),

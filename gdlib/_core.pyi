@@ -227,7 +227,11 @@ def squared_error(
     """
 
 def squared_error_gradient(
-    output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any], scale: float, /
+    output: numpy.typing.NDArray[typing.Any],
+    target: numpy.typing.NDArray[typing.Any],
+    scale: float,
+    out: numpy.typing.NDArray[typing.Any] | None = None,
+    /,
 ) -> numpy.typing.NDArray[typing.Any]:
     """
     scale * 2 (output - target).

@@ -48,21 +48,27 @@ class MSELoss:
             return total / count
         return total if reduction == "sum" else _core.squared_error_terms(output, target)
 
-    def backward(self, gradient: Any = None) -> npt.NDArray[Any]:
-        """The gradient with respect to the output of the last call, of its shape."""
+    def backward(self, gradient: Any = None, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """The gradient with respect to the output of the last call, of its shape. `out` receives it if given."""
         if self._last is None:
             raise RuntimeError("backward has no loss to work with; call the criterion on an output and a target first.")
         output, target = self._last
         if self.reduction != "none":
             if gradient is not None:
                 raise ValueError(f"a {self.reduction} loss takes no gradient; call backward() without one.")
-            return _core.squared_error_gradient(output, target, 1.0 / output.size if self.reduction == "mean" else 1.0)
+            try:
+                return _core.squared_error_gradient(output, target, 1.0 / output.size if self.reduction == "mean" else 1.0, out)
+            except (TypeError, ValueError):
+                validation.flat_out(out, output.shape, output.dtype)
+                raise
         if gradient is None:
             raise ValueError("a loss without reduction has one gradient for each term; call backward(gradient) with an array of its shape.")
         terms = validation.as_array(gradient, "the gradient")
         if terms.shape != output.shape:
             raise ValueError(f"the gradient has shape {terms.shape}; a loss without reduction wants one of shape {output.shape}.")
-        result: npt.NDArray[Any] = _core.squared_error_gradient(output, target, 1.0) * validation.as_dtype(terms, output.dtype)
+        validation.flat_out(out, output.shape, output.dtype)
+        slope = _core.squared_error_gradient(output, target, 1.0)  # apart from `out`, which may be the gradient
+        result: npt.NDArray[Any] = np.multiply(slope, validation.as_dtype(terms, output.dtype), out=slope if out is None else out)
         return result
 
     @staticmethod

@@ -19,17 +19,6 @@ LayerTuple = tuple[str, int, int, bool]  # kind, in_features, out_features, bias
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def flat_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:
-    """`out` as a matrix. Raises ValueError when it is not what a result of this shape can be written to."""
-    if out is None:
-        return None
-    fits = isinstance(out, np.ndarray) and out.shape == shape and out.dtype == dtype
-    if not fits or not (out.flags.c_contiguous and out.flags.writeable):
-        raise ValueError(f"out does not fit; a C-contiguous {dtype} array of shape {shape} is wanted.")
-    flat: npt.NDArray[Any] = out.reshape(-1, shape[-1] if shape else 1)
-    return flat
-
-
 class Module:
     """What layers and models share: their parameters by name, and the state of those."""
 

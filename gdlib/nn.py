@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from gdlib import _core, validation
-from gdlib.modules import FLOATS, LayerTuple, Model, Module, flat_out
+from gdlib.modules import FLOATS, LayerTuple, Model, Module
 from gdlib.parameters import Arena, Parameter
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Linear(Model):
         """The same for what the engine does not take as it is: convert it, or say why it cannot be."""
         rows = validation.as_rows(x, self.in_features, self.dtype, "x")
         shape = (*validation.as_array(x, "x").shape[:-1], self.out_features)
-        out = flat_out(out, shape, self.dtype)
+        out = validation.flat_out(out, shape, self.dtype)
         try:
             y = _core.linear_forward(rows, self.weight._data, None if self.bias is None else self.bias._data, out)
         except FloatingPointError:
@@ -122,7 +122,7 @@ class Linear(Model):
                 ) from None
             flat = np.ascontiguousarray(validation.as_dtype(array, self.dtype)).reshape(-1, self.out_features)
             shape = (*array.shape[:-1], self.in_features)
-            result = _core.linear_backward(flat, x, self.weight._data, self.weight._grad, bias, flat_out(out, shape, self.dtype))
+            result = _core.linear_backward(flat, x, self.weight._data, self.weight._grad, bias, validation.flat_out(out, shape, self.dtype))
             return result.reshape(*array.shape[:-1], self.in_features)
 
     def _span(self) -> tuple[int, int]:
@@ -150,7 +150,7 @@ class Activation(Module):
         except (TypeError, ValueError):
             array = validation.as_array(x, "x")
             array = np.ascontiguousarray(array if array.dtype in FLOATS else validation.as_dtype(array, FLOATS[0]))
-            flat_out(out, array.shape, array.dtype)
+            validation.flat_out(out, array.shape, array.dtype)
             y = _core.activation_forward(self.kind, array, out)
         self._output = y
         return y
@@ -175,7 +175,7 @@ class Activation(Module):
             array = validation.as_array(gradient, "the gradient")
             if array.shape != y.shape:
                 raise ValueError(f"the gradient has shape {array.shape}; that of the last output, {y.shape}, is wanted.") from None
-            flat_out(out, y.shape, y.dtype)
+            validation.flat_out(out, y.shape, y.dtype)
             return _core.activation_backward(self.kind, y, np.ascontiguousarray(validation.as_dtype(array, y.dtype)), out)
 
     def __getstate__(self) -> dict[str, Any]:

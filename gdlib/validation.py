@@ -177,3 +177,14 @@ def as_ranges(ranges: Any, count: int, what: str) -> list[list[float]] | None:
         if not -np.inf < low <= high < np.inf:
             raise ValueError(f"{what} holds [{low}, {high}] at {i}; two finite numbers are wanted, the lower one first.")
     return pairs
+
+
+def flat_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:
+    """`out` as a matrix. Raises ValueError when it is not what a result of this shape can be written to."""
+    if out is None:
+        return None
+    fits = isinstance(out, np.ndarray) and out.shape == shape and out.dtype == dtype
+    if not fits or not (out.flags.c_contiguous and out.flags.writeable):
+        raise ValueError(f"out does not fit; a C-contiguous {dtype} array of shape {shape} is wanted.")
+    flat: npt.NDArray[Any] = out.reshape(-1, shape[-1] if shape else 1)
+    return flat

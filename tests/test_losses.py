@@ -53,6 +53,30 @@ def test_gradient_without_reduction_takes_one(pair):
         mean.backward(factor)
 
 
+def test_gradient_into_an_array_that_is_there(pair):
+    output, target = pair
+    criterion, factor = MSELoss(), np.arange(21.0).reshape(7, 3)
+    criterion(output, target)
+    wanted, out = criterion.backward(), np.empty((7, 3))
+    assert criterion.backward(out=out) is out
+    assert out.tobytes() == wanted.tobytes()
+    for bad in (np.empty((3, 7)), np.empty(21), np.empty((7, 3), np.float32), np.empty((3, 7)).T, [[0.0] * 3] * 7):
+        with pytest.raises(ValueError, match=r"out does not fit; a C-contiguous float64 array of shape \(7, 3\)"):
+            criterion.backward(out=bad)
+    for taken in (output, target):
+        before = taken.tobytes()
+        with pytest.raises(ValueError, match="out shares memory"):
+            criterion.backward(out=taken)
+        assert taken.tobytes() == before
+    terms = MSELoss("none")
+    terms(output, target)
+    wanted = terms.backward(factor)
+    assert terms.backward(factor, out=factor) is factor  # one result for each gradient: they may share memory
+    assert factor.tobytes() == wanted.tobytes()
+    with pytest.raises(ValueError, match="out does not fit"):
+        terms.backward(factor, out=np.empty(21))
+
+
 @pytest.mark.parametrize("convert", [np.asfortranarray, lambda a: a.astype(np.float32), lambda a: a.tolist(), lambda a: a.T.copy().T])
 def test_layouts_and_dtypes(pair, convert):
     output, target = pair

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../dispatch/dispatch.h"
+#include "caches.h"
 #include "gemm.h"
 #include "parallel.h"
 #include "tasks.h"
@@ -102,7 +103,7 @@ bool linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_f
         if (!kernel.all_finite(whole ? block.rows * block.cols : block.cols, block.data + r * out_features))
           finite.store(false, std::memory_order_relaxed);
     }
-    kernel.activation_forward(activation, block.rows, block.cols, block.data, out_features);
+    kernel.activation_forward(activation, block.rows, block.cols, {block.data, out_features}, {block.data, out_features}, false);
   };
   const bool to_finish = check || activation != Activation::none;
   if (out_features >= few_outputs) {
@@ -115,9 +116,12 @@ bool linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_f
     gemm(p);
   } else {
     const std::size_t task_rows = rows_per_task(in_features, out_features, sizeof(T));
+    // Others use L3 too: rows within a quarter of it are still there when they are read again.
+    const bool from_memory = rows * in_features * sizeof(T) > l3_bytes() / 4;
     parallel_for(ceil_divide(rows, task_rows), threads_for(cycles_of(rows, in_features, out_features)), [&](std::size_t task, std::size_t) {
       const std::size_t begin = task * task_rows, count = std::min(task_rows, rows - begin);
-      kernel.linear_forward(count, in_features, out_features, x + begin * x_stride, x_stride, weight, bias, y + begin * out_features);
+      kernel.linear_forward(count, in_features, out_features, x + begin * x_stride, x_stride, weight, bias, y + begin * out_features,
+                            from_memory);
       if (to_finish) finish(Block<T>{begin, count, 0, out_features, y + begin * out_features, out_features});
     });
   }
@@ -130,7 +134,8 @@ void linear_input_gradient(std::size_t rows, std::size_t in_features, std::size_
   const KernelTable<T>& kernel = table<T>();
   const auto chain = [&](const Block<T>& block) {
     const std::size_t at = block.row * in_features + block.col;
-    kernel.activation_backward(activation, block.rows, block.cols, input + at, in_features, block.data, in_features);
+    kernel.activation_backward(activation, block.rows, block.cols, {input + at, in_features}, {block.data, in_features},
+                               {block.data, in_features}, false);
   };
   if (in_features <= few_inputs && out_features >= few_outputs) {
     gemm_of_few_columns<T>(rows, in_features, out_features, {g, out_features, 1}, {weight, in_features, 1}, false, input_gradient);

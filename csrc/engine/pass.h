@@ -58,13 +58,16 @@ class Pass {
         if (!good) return false;
         i += fused;
       } else {
-        if (!network_.works_in_place(i))
-          for (std::size_t r = 0; r < rows_; ++r)
-            std::copy_n(input(i) + r * input_stride(i), layer.out_features, y + r * layer.out_features);
+        const std::size_t cols = layer.out_features;
+        const bool in_place = network_.works_in_place(i);
+        const T* const x = in_place ? y : input(i);
+        const std::size_t stride = in_place ? cols : input_stride(i);
         // Infinity would come out of the first layer as a number.
-        if (finite && i == 0 && !table<T>().all_finite(rows_ * layer.out_features, y)) return false;
-        in_tasks(layer.out_features, [&](std::size_t begin, std::size_t rows, std::size_t) {
-          table<T>().activation_forward(layer.activation, rows, layer.out_features, y + begin * layer.out_features, layer.out_features);
+        if (finite && i == 0)
+          for (std::size_t r = 0; r < rows_; ++r)
+            if (!table<T>().all_finite(cols, x + r * stride)) return false;
+        in_tasks(cols, [&](std::size_t begin, std::size_t rows, std::size_t) {
+          table<T>().activation_forward(layer.activation, rows, cols, {x + begin * stride, stride}, {y + begin * cols, cols}, false);
         });
       }
     }
@@ -93,7 +96,7 @@ class Pass {
     const std::size_t out = network_.out_features(), first = first_linear();
     T* const last = gradient(layers.size() - 1);
     in_tasks(out, [&](std::size_t begin, std::size_t rows, std::size_t) {
-      table<T>().squared_error_gradient(rows * out, output() + begin * out, target_ + begin * out, T(1), last + begin * out);
+      table<T>().squared_error_gradient(rows * out, output() + begin * out, target_ + begin * out, T(1), last + begin * out, false);
     });
     for (std::size_t i = layers.size(); i-- > first;) {
       const Layer& layer = layers[i];
@@ -102,7 +105,8 @@ class Pass {
         const std::size_t cols = layer.out_features;
         const T* const y = output(i);
         in_tasks(cols, [&](std::size_t begin, std::size_t rows, std::size_t) {
-          table<T>().activation_backward(layer.activation, rows, cols, y + begin * cols, cols, g + begin * cols, cols);
+          T* const part = g + begin * cols;
+          table<T>().activation_backward(layer.activation, rows, cols, {y + begin * cols, cols}, {part, cols}, {part, cols}, false);
         });
       } else if (i > first) {
         if (interrupted(rows_ * layer.weights())) return false;

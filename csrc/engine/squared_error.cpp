@@ -124,7 +124,7 @@ double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::s
     p.c_stride = out;
     gemm(p);
     loss += kernel.squared_error_sum(rows * out, outputs, target);
-    kernel.squared_error_gradient(rows * out, outputs, target, T(1), outputs);
+    kernel.squared_error_gradient(rows * out, outputs, target, T(1), outputs, false);
     linear_weight_gradient<T>(rows, in, out, outputs, x, x_stride, true, into, nullptr);
     if (shape.has_bias) {  // by blocks: fewer additions stand in one chain
       std::fill_n(targets, out, T(0));

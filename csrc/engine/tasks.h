@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <numeric>
+#include <vector>
 
 #include "gemm.h"
 #include "linear.h"
@@ -48,15 +50,27 @@ inline double cycles_of(std::size_t rows, std::size_t in_features, std::size_t o
   return static_cast<double>(rows) * static_cast<double>(in_features) * static_cast<double>(out_features) / 8.0;
 }
 
-// body(begin, size) for stretches of n elements that do not depend on each other, on all threads: a task takes some microseconds, ten times
-// what handing it out costs.
+// Work on so many elements takes some microseconds, ten times what handing it out costs.
+constexpr std::size_t elements_of_stretch = 1 << 14;
+
+// body(begin, size) for stretches of n elements that do not depend on each other, on all threads.
 template <class Body>
 void in_stretches(std::size_t n, const Body& body) {
-  constexpr std::size_t stretch = 1 << 14;
+  constexpr std::size_t stretch = elements_of_stretch;
   if (n <= stretch) return body(0, n);
   const auto cycles = static_cast<double>(n);  // one or two for each
   parallel_for(ceil_divide(n, stretch), threads_for(cycles),
                [&](std::size_t i, std::size_t) { body(i * stretch, std::min(stretch, n - i * stretch)); });
+}
+
+// The sum of body(begin, size) over the same stretches, added in their order.
+template <class Body>
+double sum_of_stretches(std::size_t n, const Body& body) {
+  constexpr std::size_t stretch = elements_of_stretch;
+  if (n <= stretch) return body(0, n);
+  std::vector<double> sums(ceil_divide(n, stretch));
+  in_stretches(n, [&](std::size_t begin, std::size_t size) { sums[begin / stretch] = body(begin, size); });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 // total[n] (+)= the partial vectors in order, carried in double. They are read as they lie, a stretch of each at a time.

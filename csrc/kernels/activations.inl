@@ -30,52 +30,52 @@ using Bits = typename VectorOf<typename Exponential<T>::Bits>::type;
 
 constexpr double factorial(int k) { return k < 2 ? 1.0 : k * factorial(k - 1); }
 
-// 1/K! + r/(K + 1)! + ... + r^(terms - K)/terms!, by Horner's rule.
+// 1/K! + r^2/(K + 2)! + r^4/(K + 4)! + ..., up to r^(terms - K), by Horner's rule.
 template <class T, int K>
-inline Vector<T> series(Vector<T> r) {
+inline Vector<T> every_second(Vector<T> r2) {
   const Vector<T> constant = broadcast((T)(1.0 / factorial(K)));
-  if constexpr (K == Exponential<T>::terms)
+  if constexpr (K + 2 > Exponential<T>::terms)
     return constant;
   else
-    return fma(series<T, K + 1>(r), r, constant);
+    return fma(every_second<T, K + 2>(r2), r2, constant);
 }
 
-// e^z = (1 + part) * scale * scale_again, for z <= 0 not below `vanishing`: two factors, because 2^n itself may be no normal number.
+// e^z = (1 + part) 2^-minus_n, for z <= 0 not below `vanishing`. The even and the odd powers are two chains, so that none is waited for.
 template <class T>
 struct Power {
-  Vector<T> part, scale, scale_again;
+  Vector<T> part;
+  Bits<T> minus_n;
 
   explicit Power(Vector<T> z) {
     using E = Exponential<T>;
-    const Vector<T> rounded = z * broadcast((T)1.44269504088896340736) + broadcast(E::round);  // log2(e)
+    const Vector<T> rounded = fma(z, broadcast((T)1.44269504088896340736), broadcast(E::round));  // log2(e)
     const Vector<T> n = rounded - broadcast(E::round);
-    const Vector<T> r = (z - n * broadcast(E::high)) - n * broadcast(E::low);
-    part = fma(r * r, series<T, 2>(r), r);
-    const Bits<T> minus_n = (Bits<T>)broadcast(E::round) - (Bits<T>)rounded;
-    const Bits<T> half = minus_n >> 1;
-    scale = power_of_two(half);
-    scale_again = power_of_two(minus_n - half);
-  }
-
- private:
-  static Vector<T> power_of_two(Bits<T> minus_n) {
-    return (Vector<T>)(((typename Exponential<T>::Bits)Exponential<T>::bias - minus_n) << Exponential<T>::mantissa);
+    const Vector<T> r = fma(n, broadcast(-E::low), fma(n, broadcast(-E::high), z)), r2 = r * r;
+    part = fma(r2, fma(every_second<T, 3>(r2), r, every_second<T, 2>(r2)), r);
+    minus_n = (Bits<T>)broadcast(E::round) - (Bits<T>)rounded;
   }
 };
 
-// |x|, and x with the sign of another.
+// 2^-n, a normal number.
 template <class T>
-inline Bits<T> sign_of(Vector<T> x) {
-  return (Bits<T>)x & (Bits<T>)broadcast((T)-0.0);
+inline Vector<T> power_of_half(Bits<T> n) {
+  return (Vector<T>)(((typename Exponential<T>::Bits)Exponential<T>::bias - n) << Exponential<T>::mantissa);
+}
+
+// -|x|, and |x| with the sign of another.
+template <class T>
+inline Vector<T> minus_magnitude(Vector<T> x) {
+  return (Vector<T>)((Bits<T>)x | (Bits<T>)broadcast((T)-0.0));
 }
 template <class T>
-inline Vector<T> magnitude(Vector<T> x) {
-  return (Vector<T>)((Bits<T>)x ^ sign_of<T>(x));
+inline Vector<T> with_sign_of(Vector<T> x, Vector<T> other) {
+  const auto sign = (Bits<T>)broadcast((T)-0.0);
+  return (Vector<T>)(((Bits<T>)x & ~sign) | ((Bits<T>)other & sign));
 }
 
 template <class T>
 inline Vector<T> at_least(Vector<T> x, T least) {
-  return x < broadcast(least) ? broadcast(least) : x;  // NaN compares false and stays
+  return broadcast(least) > x ? broadcast(least) : x;  // NaN compares false and stays
 }
 
 // Both ways a comparison that NaN fails keeps it, as in PyTorch.
@@ -94,11 +94,11 @@ struct Relu {
 struct Tanh {
   template <class T>
   static Vector<T> value(Vector<T> x) {
-    constexpr T settled = -40;  // t is -1 to the last bit
-    const Power<T> power(at_least<T>(broadcast((T)-2) * magnitude<T>(x), settled));
-    const Vector<T> scale = power.scale * power.scale_again;
+    constexpr T settled = -40;  // t is -1 to the last bit, and 2^n a normal number
+    const Power<T> power(at_least<T>(broadcast((T)2) * minus_magnitude<T>(x), settled));
+    const Vector<T> scale = power_of_half<T>(power.minus_n);
     const Vector<T> t = fma(scale, power.part, scale - broadcast((T)1));
-    return (Vector<T>)((Bits<T>)magnitude<T>(t / (broadcast((T)2) + t)) | sign_of<T>(x));
+    return with_sign_of<T>(t / (broadcast((T)2) + t), x);
   }
   template <class T>
   static Vector<T> chain(Vector<T> y, Vector<T> g) {
@@ -110,11 +110,13 @@ struct Tanh {
 struct Sigmoid {
   template <class T>
   static Vector<T> value(Vector<T> x) {
-    const Power<T> power(at_least<T>(-magnitude<T>(x), Exponential<T>::vanishing));
-    const Vector<T> one = broadcast((T)1);
-    const Vector<T> nearly = fma(power.part, power.scale, power.scale);  // a normal number
-    const Vector<T> e = nearly * power.scale_again;
-    return x < zero<T>() ? nearly / (one + e) * power.scale_again : one / (one + e);
+    const Power<T> power(at_least<T>(minus_magnitude<T>(x), Exponential<T>::vanishing));
+    // Two factors, because 2^n itself may be no normal number.
+    const Bits<T> half = power.minus_n >> 1;
+    const Vector<T> one = broadcast((T)1), scale = power_of_half<T>(half), scale_again = power_of_half<T>(power.minus_n - half);
+    const Vector<T> nearly = fma(power.part, scale, scale);
+    const Vector<T> quotient = (x < zero<T>() ? nearly : one) / fma(nearly, scale_again, one);
+    return x < zero<T>() ? quotient * scale_again : quotient;
   }
   template <class T>
   static Vector<T> chain(Vector<T> y, Vector<T> g) {
@@ -122,49 +124,49 @@ struct Sigmoid {
   }
 };
 
-// y[rows, cols], `stride` apart, becomes the activation of itself. Rows that touch are one long row: an element's bits are the same in
-// every lane.
+// Rows that touch are one long row: an element's bits are the same in every lane.
 template <class Body, class T>
-void activate(size_t rows, size_t cols, T* y, size_t stride) {
-  if (stride == cols) {
+void activate(size_t rows, size_t cols, Strided<const T> x, Strided<T> y, bool nontemporal) {
+  if (x.stride == cols && y.stride == cols) {
     cols *= rows;
     rows = cols ? 1 : 0;
   }
-  for (size_t r = 0; r < rows; ++r, y += stride)
-    each_vector<T>(cols, [&](size_t c, size_t count) __attribute__((always_inline)) {
-      store_up_to(y + c, Body::template value<T>(load_up_to(y + c, count)), count);
+  for (size_t r = 0; r < rows; ++r, x.data += x.stride, y.data += y.stride)
+    fill_vectors(cols, y.data, nontemporal, [&](size_t c, size_t count) __attribute__((always_inline)) {
+      return Body::template value<T>(load_up_to(x.data + c, count));
     });
 }
 
 template <class Body, class T>
-void chain(size_t rows, size_t cols, const T* y, size_t y_stride, T* g, size_t g_stride) {
-  if (y_stride == cols && g_stride == cols) {
+void chain(size_t rows, size_t cols, Strided<const T> y, Strided<const T> g, Strided<T> into, bool nontemporal) {
+  if (y.stride == cols && g.stride == cols && into.stride == cols) {
     cols *= rows;
     rows = cols ? 1 : 0;
   }
-  for (size_t r = 0; r < rows; ++r, y += y_stride, g += g_stride)
-    each_vector<T>(cols, [&](size_t c, size_t count) __attribute__((always_inline)) {
-      store_up_to(g + c, Body::template chain<T>(load_up_to(y + c, count), load_up_to(g + c, count)), count);
+  for (size_t r = 0; r < rows; ++r, y.data += y.stride, g.data += g.stride, into.data += into.stride)
+    fill_vectors(cols, into.data, nontemporal, [&](size_t c, size_t count) __attribute__((always_inline)) {
+      return Body::template chain<T>(load_up_to(y.data + c, count), load_up_to(g.data + c, count));
     });
 }
 
 template <class T>
-void activation_forward(Activation kind, size_t rows, size_t cols, T* y, size_t stride) {
+void activation_forward(Activation kind, size_t rows, size_t cols, Strided<const T> x, Strided<T> y, bool nontemporal) {
   switch (kind) {
     case Activation::none: return;
-    case Activation::relu: return activate<Relu>(rows, cols, y, stride);
-    case Activation::tanh: return activate<Tanh>(rows, cols, y, stride);
-    case Activation::sigmoid: return activate<Sigmoid>(rows, cols, y, stride);
+    case Activation::relu: return activate<Relu>(rows, cols, x, y, nontemporal);
+    case Activation::tanh: return activate<Tanh>(rows, cols, x, y, nontemporal);
+    case Activation::sigmoid: return activate<Sigmoid>(rows, cols, x, y, nontemporal);
   }
 }
 
 template <class T>
-void activation_backward(Activation kind, size_t rows, size_t cols, const T* y, size_t y_stride, T* g, size_t g_stride) {
+void activation_backward(Activation kind, size_t rows, size_t cols, Strided<const T> y, Strided<const T> g, Strided<T> into,
+                         bool nontemporal) {
   switch (kind) {
     case Activation::none: return;
-    case Activation::relu: return chain<Relu>(rows, cols, y, y_stride, g, g_stride);
-    case Activation::tanh: return chain<Tanh>(rows, cols, y, y_stride, g, g_stride);
-    case Activation::sigmoid: return chain<Sigmoid>(rows, cols, y, y_stride, g, g_stride);
+    case Activation::relu: return chain<Relu>(rows, cols, y, g, into, nontemporal);
+    case Activation::tanh: return chain<Tanh>(rows, cols, y, g, into, nontemporal);
+    case Activation::sigmoid: return chain<Sigmoid>(rows, cols, y, g, into, nontemporal);
   }
 }
 

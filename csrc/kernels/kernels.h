@@ -107,6 +107,13 @@ struct GemmTile {
 constexpr size_t most_tile_rows = 8;
 constexpr size_t most_tile_vectors = 3;
 
+// A block of rows, `stride` elements apart.
+template <class T>
+struct Strided {
+  T* data;
+  size_t stride;
+};
+
 // What may follow a linear layer; none: nothing does.
 enum class Activation { none, relu, tanh, sigmoid };
 
@@ -135,8 +142,9 @@ struct KernelTable {
   void (*gemm_pack_rows)(size_t depth, size_t width, const T* source, size_t depth_stride, T* panel);
 
   // y[rows, out] = x[rows, in] weight[out, in]^T + bias[out], for few outputs. A row's value does not depend on the other rows.
+  // `from_memory`: no cache holds x.
   void (*linear_forward)(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride, const T* weight,
-                         const T* bias, T* y);
+                         const T* bias, T* y, bool from_memory);
 
   // weight_gradient[out, in] += g[rows, out]^T x[rows, in]; bias_gradient[out] += column sums of g (null: skipped). For few outputs.
   void (*linear_gradient)(size_t rows, size_t in_features, size_t out_features, const T* g, const T* x, size_t x_stride,
@@ -166,15 +174,18 @@ struct KernelTable {
 
   // Squared error over n elements: the sum; each term; scale * the gradient with respect to the output, scale * 2 (output - target),
   // where `gradient` may be the output.
+  //
+  // Here and below, `nontemporal` results bypass the caches: for an output of its own that they could not keep.
   double (*squared_error_sum)(size_t n, const T* output, const T* target);
-  void (*squared_error_terms)(size_t n, const T* output, const T* target, T* terms);
-  void (*squared_error_gradient)(size_t n, const T* output, const T* target, T scale, T* gradient);
+  void (*squared_error_terms)(size_t n, const T* output, const T* target, T* terms, bool nontemporal);
+  void (*squared_error_gradient)(size_t n, const T* output, const T* target, T scale, T* gradient, bool nontemporal);
 
-  // y[rows, cols] = the activation of y, in place; an element's bits depend on its value alone.
-  void (*activation_forward)(Activation kind, size_t rows, size_t cols, T* y, size_t stride);
+  // y[rows, cols] = the activation of x, which y may be (none: nothing is written); an element's bits depend on its value alone.
+  void (*activation_forward)(Activation kind, size_t rows, size_t cols, Strided<const T> x, Strided<T> y, bool nontemporal);
 
-  // g[rows, cols] = g times the activation's derivative where its output is y[rows, cols], in place.
-  void (*activation_backward)(Activation kind, size_t rows, size_t cols, const T* y, size_t y_stride, T* g, size_t g_stride);
+  // into[rows, cols] = g times the activation's derivative where its output is y; into may be g (none: nothing is written).
+  void (*activation_backward)(Activation kind, size_t rows, size_t cols, Strided<const T> y, Strided<const T> g, Strided<T> into,
+                              bool nontemporal);
 
   // Returns whether every updated parameter is finite.
   bool (*sgd_update)(const SgdUpdate<T>& update);
@@ -182,8 +193,8 @@ struct KernelTable {
   // True when no element is NaN or infinite.
   bool (*all_finite)(size_t n, const T* x);
 
-  // mean[n] = (source[0] + source[1] + ... in this order) / count. mean may be one of the sources.
-  void (*average)(size_t n, size_t count, const T* const* sources, T* mean);
+  // mean[n] = the mean of sources[count, n], rows `stride` apart, added in their order. mean may be one of them.
+  void (*average)(size_t n, size_t count, const T* sources, size_t stride, T* mean);
 };
 
 struct Kernels {

@@ -31,17 +31,17 @@ double squared_error_sum(size_t n, const T* output, const T* target) {
 }
 
 template <class T>
-void squared_error_terms(size_t n, const T* output, const T* target, T* terms) {
-  each_vector<T>(n, [&](size_t i, size_t count) __attribute__((always_inline)) {
-    store_up_to(terms + i, SquaredError::term(load_up_to(output + i, count) - load_up_to(target + i, count)), count);
+void squared_error_terms(size_t n, const T* output, const T* target, T* terms, bool nontemporal) {
+  fill_vectors(n, terms, nontemporal, [&](size_t i, size_t count) __attribute__((always_inline)) {
+    return SquaredError::term(load_up_to(output + i, count) - load_up_to(target + i, count));
   });
 }
 
 template <class T>
-void squared_error_gradient(size_t n, const T* output, const T* target, T scale, T* gradient) {
+void squared_error_gradient(size_t n, const T* output, const T* target, T scale, T* gradient, bool nontemporal) {
   const Vector<T> factor = broadcast(scale);
-  each_vector<T>(n, [&](size_t i, size_t count) __attribute__((always_inline)) {
-    store_up_to(gradient + i, factor * SquaredError::gradient(load_up_to(output + i, count) - load_up_to(target + i, count)), count);
+  fill_vectors(n, gradient, nontemporal, [&](size_t i, size_t count) __attribute__((always_inline)) {
+    return factor * SquaredError::gradient(load_up_to(output + i, count) - load_up_to(target + i, count));
   });
 }
 

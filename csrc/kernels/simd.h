@@ -76,6 +76,8 @@ inline void store_partial(float* p, Vector<float> v, size_t count) {
 inline void store_partial(double* p, Vector<double> v, size_t count) {
   _mm512_mask_storeu_pd(p, (__mmask8)((1u << count) - 1), (__m512d)v);
 }
+inline void store_nontemporal(float* p, Vector<float> v) { _mm512_stream_ps(p, (__m512)v); }
+inline void store_nontemporal(double* p, Vector<double> v) { _mm512_stream_pd(p, (__m512d)v); }
 inline Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
   return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
@@ -101,6 +103,8 @@ inline void store_partial(float* p, Vector<float> v, size_t count) {
 inline void store_partial(double* p, Vector<double> v, size_t count) {
   _mm256_maskstore_pd(p, tail_mask(count, 0.0), (__m256d)v);
 }
+inline void store_nontemporal(float* p, Vector<float> v) { _mm256_stream_ps(p, (__m256)v); }
+inline void store_nontemporal(double* p, Vector<double> v) { _mm256_stream_pd(p, (__m256d)v); }
 inline Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
   return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
@@ -118,6 +122,10 @@ template <class T>
 inline void store_partial(T* p, Vector<T> v, size_t count) {
   for (size_t i = 0; i < count; ++i) p[i] = v[i];
 }
+template <class T>
+inline void store_nontemporal(T* p, Vector<T> v) {
+  store(p, v);
+}
 #if defined(__ARM_NEON) && defined(GDLIB_NEON)
 inline Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
   return (Vector<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
@@ -133,6 +141,13 @@ inline V fma(V a, V b, V c) {
 }
 #endif
 #endif
+
+// Nontemporal stores are in memory before any later store.
+inline void fence_nontemporal() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 template <class T>
 inline Vector<T> load_up_to(const T* p, size_t count) {
@@ -153,6 +168,23 @@ inline void each_vector(size_t n, const Body& body) {
   size_t i = 0;
   for (; i + lanes<T> <= n; i += lanes<T>) body(i, lanes<T>);
   if (i < n) body(i, n - i);
+}
+
+// into[i] = value(i, count), vector by vector. `nontemporal`, lines go to memory without being read first and without a place in the
+// caches, where the ISA can: their addresses are multiples of a vector's bytes, and their order has to be made sure of.
+template <class T, class Value>
+inline void fill_vectors(size_t n, T* into, bool nontemporal, const Value& value) {
+  size_t i = 0;
+  if (nontemporal) {
+    const size_t before = (size_t)(-(uintptr_t)into % lane_bytes) / sizeof(T);
+    if (before < n) {
+      if (before) store_partial(into, value(0, before), before);
+      for (i = before; i + lanes<T> <= n; i += lanes<T>) store_nontemporal(into + i, value(i, lanes<T>));
+      fence_nontemporal();
+    }
+  }
+  for (; i + lanes<T> <= n; i += lanes<T>) store(into + i, value(i, lanes<T>));
+  if (i < n) store_partial(into + i, value(i, n - i), n - i);
 }
 
 // The first `count` lanes, 0 <= count <= lanes.

@@ -86,11 +86,11 @@ bool all_finite(size_t n, const T* x) {
 }
 
 template <class T>
-void average(size_t n, size_t count, const T* const* sources, T* mean) {
+void average(size_t n, size_t count, const T* sources, size_t stride, T* mean) {
   const Vector<T> divisor = broadcast(T(count));
   each_vector<T>(n, [&](size_t i, size_t present) __attribute__((always_inline)) {
-    Vector<T> sum = load_up_to(sources[0] + i, present);
-    for (size_t k = 1; k < count; ++k) sum += load_up_to(sources[k] + i, present);
+    Vector<T> sum = load_up_to(sources + i, present);
+    for (size_t k = 1; k < count; ++k) sum += load_up_to(sources + k * stride + i, present);
     store_up_to(mean + i, sum / divisor, present);
   });
 }

@@ -1,5 +1,7 @@
 """relu, tanh and sigmoid: their values to 3 units of the last place over the whole range, their derivatives, and what they leave alone."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -134,6 +136,26 @@ def test_all_sizes(isa, dtype, kind, threads):
             _core.activation_backward(kind, poisoned(whole[part]), poisoned(g[part]), out.array)
             out.check()
             assert out.array.tobytes() == chained[part].tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_that_bypasses_the_caches(isa, dtype, kind):
+    """Results of a caller's own that no cache of up to 32 MiB holds, from every place of a line on; the bits are those of a new array."""
+    n = 2_800_001
+    values_there = values(np.random.default_rng(7), 1_000, dtype)
+    x = np.resize(values_there, n)
+    wanted = _core.activation_forward(kind, values_there)
+    chained = _core.activation_backward(kind, wanted, values_there)
+    y = np.resize(wanted, n)
+    memory = np.zeros(n + 40, dtype)
+    calls = [(_core.activation_forward, (kind, x), wanted), (_core.activation_backward, (kind, y, x), chained)]
+    for begin, (call, arguments, pattern) in product((1, 15), calls):
+        out = memory[begin : begin + n]
+        memory[...] = -7
+        assert call(*arguments, out) is out
+        assert out.tobytes() == np.resize(pattern, n).tobytes()
+        assert (memory[:begin] == -7).all()
+        assert (memory[begin + n :] == -7).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

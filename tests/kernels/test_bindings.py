@@ -59,7 +59,11 @@ CALLS = {
     ),
     "squared_error_sum": (["vector", "gradient"], [], lambda a: _core.squared_error_sum(a["vector"], a["gradient"])),
     "squared_error_terms": (["vector", "gradient"], [], lambda a: _core.squared_error_terms(a["vector"], a["gradient"])),
-    "squared_error_gradient": (["vector", "gradient"], [], lambda a: _core.squared_error_gradient(a["vector"], a["gradient"], 1.0)),
+    "squared_error_gradient": (
+        ["vector", "gradient"],
+        ["buffer"],
+        lambda a: _core.squared_error_gradient(a["vector"], a["gradient"], 1.0, a["buffer"]),
+    ),
     "sgd_update": (
         ["gradient"],
         ["vector", "buffer"],

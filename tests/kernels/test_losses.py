@@ -32,6 +32,24 @@ def test_results_have_the_shape_of_the_output(isa, dtype):
         _core.squared_error_terms(output, target.ravel())
 
 
+def test_gradient_into_memory_that_is_there(isa, dtype):
+    for n in (*ALL, 40_000):
+        output, target = pair(n, dtype)
+        out = Guarded(np.zeros(n, dtype))
+        assert _core.squared_error_gradient(output, target, 0.75, out.array) is out.array
+        out.check()
+        assert out.array.tobytes() == _core.squared_error_gradient(output, target, 0.75).tobytes()
+    for other in (output, target):
+        with pytest.raises(ValueError, match="shares memory"):
+            _core.squared_error_gradient(output.copy() if other is target else other, other, 1.0, writable(other))
+
+
+def writable(array):
+    view = array.view()
+    view.flags.writeable = True
+    return view
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.5, 1e-3])
 def test_scale(isa, dtype, scale):
     output, target = pair(37, dtype)
@@ -52,6 +70,19 @@ def test_sum_of_a_million(isa, dtype):
     so that the error of a longer float32 sum would show."""
     output, target = np.full(1_000_003, 1.1, dtype), np.zeros(1_000_003, dtype)
     oracle.assert_within(np.array(_core.squared_error_sum(output, target)), oracle.squared_error_sum(output, target, 64 + 4))
+
+
+def test_a_sum_has_the_same_bits_on_any_threads(isa, dtype):
+    """Parts of 16,384 terms are added in their order."""
+    output, target = pair(100_003, dtype)
+    sums = set()
+    for threads in (1, 2, 3, 8):
+        _core.set_num_threads(threads)
+        sums.add(_core.squared_error_sum(output, target))
+    assert len(sums) == 1
+    parts = range(0, 100_003, 1 << 14)
+    wanted = sum(_core.squared_error_sum(output[begin : begin + (1 << 14)], target[begin : begin + (1 << 14)]) for begin in parts)
+    assert sums == {wanted}
 
 
 def test_read_only_inputs(isa, dtype):

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "../../csrc/dispatch/dispatch.h"
@@ -39,6 +40,12 @@ void check_layer(std::size_t rows, std::size_t in, std::size_t out) {
   const auto x = numbers<T>(rows * in, 1), w = numbers<T>(out * in, 2), b = numbers<T>(out, 3), g = numbers<T>(rows * out, 4);
   std::vector<T> y(rows * out), gw(out * in), gb(out), gx(rows * in);
   gdlib::linear_forward<T>(rows, in, out, x.data(), in, w.data(), b.data(), y.data());
+  if (out < gdlib::few_outputs && in > 0) {
+    std::vector<T> in_order(rows * out);
+    gdlib::table<T>().linear_forward(rows, in, out, x.data(), in, w.data(), b.data(), in_order.data(), true);
+    const bool same = std::memcmp(y.data(), in_order.data(), y.size() * sizeof(T)) == 0;
+    expect(same, "in order " + std::to_string(rows) + " x " + std::to_string(in));
+  }
   gdlib::linear_input_gradient<T>(rows, in, out, g.data(), w.data(), gx.data());
   gdlib::linear_weight_gradient<T>(rows, in, out, g.data(), x.data(), in, true, gw.data(), gb.data());
   const bool good = is_product<T>(y, rows, out, in, {x.data(), in, 1}, {w.data(), 1, in}, b.data()) &&
@@ -149,14 +156,27 @@ void check_updates(std::size_t n) {
   }
 }
 
+// Nontemporal results have the same bits wherever they begin, and nothing before or after them is written.
+template <class T, class Kernel>
+void same_past_caches(const std::vector<T>& wanted, const Kernel& kernel) {
+  const std::size_t n = wanted.size();
+  for (const std::size_t begin : {0, 1, 5, 16}) {
+    std::vector<T> into(begin + n, T(-1));
+    kernel(into.data() + begin);
+    expect(std::memcmp(into.data() + begin, wanted.data(), n * sizeof(T)) == 0, "nontemporal " + std::to_string(n));
+    for (std::size_t i = 0; i < begin; ++i) expect(into[i] == T(-1), "before nontemporal " + std::to_string(n));
+  }
+}
+
 template <class T>
 void check_elementwise(std::size_t n) {
   const auto o = numbers<T>(n, 15), t = numbers<T>(n, 16), u = numbers<T>(n, 17);
-  std::vector<T> terms(n), gradient(n), mean(n);
-  gdlib::table<T>().squared_error_terms(n, o.data(), t.data(), terms.data());
-  gdlib::table<T>().squared_error_gradient(n, o.data(), t.data(), T(3), gradient.data());
-  const T* sources[3] = {o.data(), t.data(), u.data()};
-  gdlib::table<T>().average(n, 3, sources, mean.data());
+  std::vector<T> terms(n), gradient(n), mean(n), sources(o);
+  sources.insert(sources.end(), t.begin(), t.end());
+  sources.insert(sources.end(), u.begin(), u.end());
+  gdlib::table<T>().squared_error_terms(n, o.data(), t.data(), terms.data(), false);
+  gdlib::table<T>().squared_error_gradient(n, o.data(), t.data(), T(3), gradient.data(), false);
+  gdlib::table<T>().average(n, 3, sources.data(), n, mean.data());
   bool good = true;
   for (std::size_t i = 0; i < n; ++i) {
     const double r = static_cast<double>(o[i]) - t[i];
@@ -164,6 +184,8 @@ void check_elementwise(std::size_t n) {
            close(mean[i], (static_cast<double>(o[i]) + t[i] + u[i]) / 3, 1.0, 4);
   }
   expect(good, "elementwise " + std::to_string(n));
+  same_past_caches<T>(terms, [&](T* into) { gdlib::table<T>().squared_error_terms(n, o.data(), t.data(), into, true); });
+  same_past_caches<T>(gradient, [&](T* into) { gdlib::table<T>().squared_error_gradient(n, o.data(), t.data(), T(3), into, true); });
 }
 
 double plain_activation(gdlib::Activation kind, double x) {
@@ -186,8 +208,16 @@ void check_activations(std::size_t n) {
     for (std::size_t i = 0; i < n; ++i) x[i] *= static_cast<T>(i % 3 == 0 ? 60 : i % 3);  // saturated, small, and zero
     const auto g = numbers<T>(n, 22);
     auto y = x, chained = g;
-    gdlib::table<T>().activation_forward(kind, 1, n, y.data(), n);
-    gdlib::table<T>().activation_backward(kind, 1, n, y.data(), n, chained.data(), n);
+    const auto forward = [&](const T* from, T* into, bool nontemporal) {
+      gdlib::table<T>().activation_forward(kind, 1, n, {from, n}, {into, n}, nontemporal);
+    };
+    const auto backward = [&](const T* from, T* into, bool nontemporal) {
+      gdlib::table<T>().activation_backward(kind, 1, n, {y.data(), n}, {from, n}, {into, n}, nontemporal);
+    };
+    forward(y.data(), y.data(), false);
+    backward(chained.data(), chained.data(), false);
+    same_past_caches<T>(y, [&](T* into) { forward(x.data(), into, true); });
+    same_past_caches<T>(chained, [&](T* into) { backward(g.data(), into, true); });
     bool good = true;
     for (std::size_t i = 0; i < n; ++i) {
       const double value = plain_activation(kind, x[i]);
@@ -195,7 +225,7 @@ void check_activations(std::size_t n) {
     }
     expect(good, "activation " + std::to_string(static_cast<int>(kind)) + " of " + std::to_string(n));
     std::vector<T> bad(n, std::numeric_limits<T>::quiet_NaN());
-    gdlib::table<T>().activation_forward(kind, 1, n, bad.data(), n);
+    forward(bad.data(), bad.data(), false);
     for (const T value : bad) expect(value != value, "activation of NaN");
   }
 }
@@ -246,6 +276,7 @@ void check_kernels() {
     check_step<T>(530, 100, out);
   }
   for (std::size_t rows : {3, 4, 6, 7, 8}) check_layer<T>(rows, 37, 45);  // weights that are transposed in registers, or laid out anew
+  for (std::size_t in : {100, 512, 1023, 1024}) check_layer<T>(37, in, 2);  // read in order, but for the longest
   check_layer<T>(130, 300, 100);  // several blocks of depth and rows
   check_layer<T>(7, 1100, 75);    // by whole rows in blocks of columns and depth
   check_layer<T>(5, 1024, 20);    // the same of rows that fall on one set of L1
