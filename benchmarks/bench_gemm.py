@@ -136,7 +136,6 @@ def pytorch_linear(layer: Layer) -> Run:
 def contenders(part: str) -> list[Contender]:
     return [
         Contender("gdlib", linear_forward if part == FORWARD else linear_gradients),
-        *([Contender("gdlib predict", linear_predict)] if part == FORWARD else []),
         Contender("NumPy", partial(numpy_layer, part=part)),
         *peers.pytorch("PyTorch", partial(pytorch_layer, part=part), form="addmm, mm", around=peers.inference_mode),
         *(peers.pytorch("PyTorch", pytorch_linear, form="linear", around=peers.inference_mode) if part == FORWARD else []),
@@ -154,8 +153,9 @@ def _group(shape: tuple[int, int, int], dtype: str, part: str) -> Group:
         limits = [machine.fma_peak(dtype, machine.THREADS, flops)]
     else:  # each weight is used once, and the limit is reading them
         limits = machine.reading("as many bytes read once", lambda layer: layer.weight, machine.THREADS, inputs * outputs / moved)
+    timed = [*contenders(part), *([Contender("gdlib predict", linear_predict)] if part == FORWARD else []), *limits]
     title, layer = f"{part}, {rows} x {inputs} -> {outputs} {dtype}", partial(problem, *shape, dtype)
-    return Group(title, "call", [*contenders(part), *limits], layer, partial(check, part), "", flops, moved * size, "GFLOP", dtype)
+    return Group(title, "call", timed, layer, partial(check, part), "", flops, moved * size, "GFLOP", dtype)
 
 
 GROUPS = [_group(shape, dtype, part) for dtype in DTYPES for shape in SHAPES for part in (FORWARD, GRADIENTS)]

@@ -199,11 +199,14 @@ def pytorch_kernel(arrays: Arrays, kernel: str, form: str) -> Run:
 
 
 def _group(kernel: Kernel, dtype: str) -> Group:
-    numpy_forms = kernel.forms if kernel.name == FINITE else (PLAIN,)
+    numpy_forms = {form: form for form in kernel.forms} if kernel.name == FINITE else {"": PLAIN}
     size = kernel.moved * ELEMENTS * np.dtype(dtype).itemsize
     contenders = [
         Contender("gdlib", partial(gdlib_kernel, kernel=kernel.name)),
-        *(Contender("NumPy", partial(numpy_kernel, kernel=kernel.name, form=form), variant=form) for form in numpy_forms),
+        *(
+            Contender("NumPy", partial(numpy_kernel, kernel=kernel.name, form=form), variant=variant)
+            for variant, form in numpy_forms.items()
+        ),
         *(
             contender
             for form in kernel.forms
