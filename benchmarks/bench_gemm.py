@@ -93,6 +93,7 @@ def numpy_layer(layer: Layer, part: str) -> Run:
     x, weight, bias, gradient = layer.x, layer.weight, layer.bias, layer.gradient
     output, into_input, into_weight, into_bias = np.empty_like(gradient), np.empty_like(x), np.zeros_like(weight), np.zeros_like(bias)
     scratch, bias_scratch = np.empty_like(weight), np.empty_like(bias)
+    by_output = np.matmul if len(weight) > 1 else np.multiply  # a product of a column and a row goes past OpenBLAS
 
     def forward() -> Any:
         np.matmul(x, weight.T, out=output)
@@ -102,7 +103,8 @@ def numpy_layer(layer: Layer, part: str) -> Run:
         np.matmul(gradient.T, x, out=scratch)
         np.add(into_weight, scratch, out=into_weight)
         np.add(into_bias, np.add.reduce(gradient, axis=0, out=bias_scratch), out=into_bias)
-        return np.matmul(gradient, weight, out=into_input), into_weight, into_bias
+        by_output(gradient, weight, out=into_input)
+        return into_input, into_weight, into_bias
 
     return forward if part == FORWARD else gradients
 
@@ -112,7 +114,7 @@ def pytorch_layer(layer: Layer, part: str) -> Run:
     import torch
 
     x, weight, bias, gradient = (torch.from_numpy(array) for array in (layer.x, layer.weight, layer.bias, layer.gradient))
-    output, into_input, into_weight, into_bias = (torch.zeros_like(array) for array in (gradient, x, weight, bias))
+    output, into_input, into_weight, into_bias = map(zeros_like, (gradient, x, weight, bias))
 
     def forward() -> Any:
         return (torch.addmm(bias, x, weight.t(), out=output),)
@@ -123,6 +125,13 @@ def pytorch_layer(layer: Layer, part: str) -> Run:
         return torch.mm(gradient, weight, out=into_input), into_weight, into_bias
 
     return forward if part == FORWARD else gradients
+
+
+def zeros_like(tensor: Any) -> Any:
+    """In NumPy's memory, whose pages are as large as gdlib's; PyTorch's own are small."""
+    import torch
+
+    return torch.from_numpy(np.zeros_like(tensor.numpy()))
 
 
 def pytorch_linear(layer: Layer) -> Run:

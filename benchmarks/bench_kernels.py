@@ -1,6 +1,7 @@
 """Kernels one by one on arrays larger than a cache: activations, the loss, the update, averages, and a layer of one output.
 
-Each array is read or written once, so that memory is the limit. Everyone writes in place, or into arrays that are there already.
+Each array is read or written once, so that memory is the limit. Results are written in place or into arrays that are there already, where a
+library takes them, and all arrays lie in NumPy's memory.
 """
 
 import functools
@@ -29,7 +30,10 @@ PLAIN, FUSED, BY_HAND = "plain", "fused", "by hand"  # PyTorch's forms
 
 @dataclass(frozen=True)
 class Kernel:
-    """`flops` of an element, float32 and float64, are those of gdlib's kernel; a division or a comparison is one."""
+    """`flops` of an element, float32 and float64: those of the formula, tanh and sigmoid as gdlib's kernels sum their series.
+
+    A division or a comparison is one.
+    """
 
     name: str
     flops: tuple[float, float]
@@ -71,7 +75,7 @@ def sigmoid(x: Any) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def right(kernel: str, dtype: str) -> Any:
-    """The result in float64; an update's is the parameters after the first step, which momentum does not change."""
+    """The result in float64; an update's is the parameters after a step, with momentum after a second one."""
     x, g = (array.astype(np.float64) for array in (problem(dtype).x, problem(dtype).g))
     results: dict[str, Run] = {
         "ReLU" + FORWARD: lambda: np.maximum(x, 0),
@@ -83,7 +87,7 @@ def right(kernel: str, dtype: str) -> Any:
         LOSS + FORWARD: lambda: np.mean((x - g) ** 2),
         LOSS + BACKWARD: lambda: 2 / ELEMENTS * (x - g),
         UPDATE: lambda: x - LR * g,
-        UPDATE_WITH_MOMENTUM: lambda: x - LR * g,
+        UPDATE_WITH_MOMENTUM: lambda: x - LR * (2 + MOMENTUM) * g,
         AVERAGE: lambda: x.reshape(MODELS, -1).mean(axis=0),
         FINITE: lambda: True,
     }
@@ -103,6 +107,8 @@ def gdlib_kernel(arrays: Arrays, kernel: str) -> Run:
         model = gdlib.Linear(ELEMENTS, 1, bias=False, dtype=x.dtype, seed=0)
         model.weight.data[0], model.weight.grad[0] = x, g
         step = gdlib.SGD(model.parameters(), lr=LR, momentum=MOMENTUM if kernel == UPDATE_WITH_MOMENTUM else 0.0).step
+        if kernel == UPDATE_WITH_MOMENTUM:
+            step()
         return lambda: (step(), model.weight.data[0])[1]
     if kernel == AVERAGE:
         models, mean = x.reshape(MODELS, -1), into[: ELEMENTS // MODELS]
@@ -139,10 +145,15 @@ def numpy_kernel(arrays: Arrays, kernel: str, form: str) -> Run:
     def step(d: Any) -> Any:
         return np.subtract(parameter, np.multiply(d, lr, out=into), out=parameter)
 
+    def step_with_momentum() -> Any:
+        return step(np.add(np.multiply(buffer, momentum, out=buffer), g, out=buffer))
+
+    if kernel == UPDATE_WITH_MOMENTUM:
+        step_with_momentum()
     finite = {PLAIN: lambda: np.isfinite(x, out=found).all(), BY_HAND: lambda: np.isfinite(np.add.reduce(x))}  # scikit-learn's first look
     return {
         "ReLU" + FORWARD: lambda: np.maximum(x, zero, out=into),
-        "ReLU" + BACKWARD: lambda: np.multiply(g, np.greater(y, zero, out=found), out=into),
+        "ReLU" + BACKWARD: lambda: np.multiply(g, np.sign(y, out=into), out=into),
         "Tanh" + FORWARD: lambda: np.tanh(x, out=into),
         "Tanh" + BACKWARD: lambda: np.multiply(np.subtract(one, np.square(y, out=into), out=into), g, out=into),
         "Sigmoid" + FORWARD: logistic,
@@ -150,7 +161,7 @@ def numpy_kernel(arrays: Arrays, kernel: str, form: str) -> Run:
         LOSS + FORWARD: loss,
         LOSS + BACKWARD: lambda: np.multiply(np.subtract(x, g, out=into), scale, out=into),
         UPDATE: lambda: step(g),
-        UPDATE_WITH_MOMENTUM: lambda: step(np.add(np.multiply(buffer, momentum, out=buffer), g, out=buffer)),
+        UPDATE_WITH_MOMENTUM: step_with_momentum,
         AVERAGE: lambda: np.divide(np.add.reduce(models, axis=0, out=mean), number(MODELS), out=mean),
         FINITE: finite[form if kernel == FINITE else PLAIN],
     }[kernel]
@@ -161,8 +172,9 @@ def pytorch_kernel(arrays: Arrays, kernel: str, form: str) -> Run:
     import torch
     from torch.nn import functional
 
-    x, g, into = torch.from_numpy(arrays.x), torch.from_numpy(arrays.g), torch.empty(ELEMENTS, dtype=torch.from_numpy(arrays.x).dtype)
-    aten, one, buffer, parameter = torch.ops.aten, torch.ones((), dtype=x.dtype), torch.zeros_like(x), x.clone()
+    x, g = torch.from_numpy(arrays.x), torch.from_numpy(arrays.g)
+    into, buffer = gemm.zeros_like(x), gemm.zeros_like(x)
+    parameter, aten, one = gemm.zeros_like(x).copy_(x), torch.ops.aten, torch.ones((), dtype=x.dtype)
     momentum = MOMENTUM if kernel == UPDATE_WITH_MOMENTUM else 0.0
     models, mean, mean_reduction = x.view(MODELS, -1), into[: ELEMENTS // MODELS], 1
     forward = {"ReLU": torch.relu, "Tanh": torch.tanh, "Sigmoid": torch.sigmoid}.get(kernel.partition(",")[0])
@@ -195,7 +207,31 @@ def pytorch_kernel(arrays: Arrays, kernel: str, form: str) -> Run:
     }
     if kernel in calls:
         return calls[kernel][form]
-    return partial(by_hand, momentum) if form == BY_HAND else lambda: (optimizer.step(), parameter)[1]
+    update = partial(by_hand, momentum) if form == BY_HAND else lambda: (optimizer.step(), parameter)[1]
+    if momentum:
+        update()
+        if form != BY_HAND:  # the optimizer has made one of its own, in small pages
+            optimizer.state[leaf]["momentum_buffer"] = buffer.copy_(g)
+    return update
+
+
+def pytorch_vectors(layer: gemm.Layer, part: str) -> Run:
+    """A layer of one output by products of a matrix and a vector."""
+    import torch
+
+    x, weight, bias, gradient = (torch.from_numpy(array) for array in (layer.x, layer.weight, layer.bias, layer.gradient))
+    output, into_input, into_weight, into_bias = map(gemm.zeros_like, (gradient, x, weight, bias))
+
+    def forward() -> Any:
+        torch.addmv(bias, x, weight[0], out=output[:, 0])
+        return (output,)
+
+    def gradients() -> Any:
+        torch.addmv(into_weight[0], x.t(), gradient[:, 0], out=into_weight[0])
+        into_bias.add_(gradient.sum(0))
+        return torch.mul(gradient, weight, out=into_input), into_weight, into_bias
+
+    return forward if part == gemm.FORWARD else gradients
 
 
 def _group(kernel: Kernel, dtype: str) -> Group:
@@ -225,7 +261,8 @@ def _layer(part: str, dtype: str) -> Group:
     rows, inputs, outputs = LAYER
     passes = 1 if part == gemm.FORWARD else 2  # the input is read; its gradient is written
     size = (passes * rows * inputs + rows) * np.dtype(dtype).itemsize
-    contenders = [*gemm.contenders(part), *machine.bandwidth(machine.THREADS, size)]
+    vectors = peers.pytorch("PyTorch", partial(pytorch_vectors, part=part), form="mv", around=peers.inference_mode)
+    contenders = [*gemm.contenders(part), *vectors, *machine.bandwidth(machine.THREADS, size)]
     title, work = f"Linear({inputs}, {outputs}), {rows:,} rows, {part} {dtype}", partial(gemm.problem, *LAYER, dtype)
     flops = 2 * passes * rows * inputs
     return Group(title, "call", contenders, work, partial(gemm.check, part), "", flops, size, "GB", dtype, rounds=5)

@@ -44,9 +44,9 @@ CALLS_NOTE = """NumPy and PyTorch in their fastest forms: results in new arrays 
 inference mode. Theirs are written over, gdlib's add up. The limit is a native call that does nothing.
 """
 KERNELS_NOTE = f"""The kernels that no other part of this page has by themselves, on {kernels.ELEMENTS:,} elements (the average:
-of {kernels.MODELS} vectors that are as many together). Everyone writes in place or into arrays that are there already; of PyTorch the
-operators that its modules and autograd call, which take a place for the result. The limit is the read bandwidth, a byte that is written
-counting as one that is read.
+of {kernels.MODELS} vectors that are as many together). Results are written in place or into arrays that are there already; of PyTorch
+these are the operators that its modules and autograd call, which take a place for the result. The limit is the read bandwidth, a byte
+that is written counting as one that is read.
 """
 GEMM_NOTE = """The gradients are those of weight and bias, added to what is there, and of the input. NumPy multiplies with OpenBLAS,
 PyTorch with MKL, into arrays that are there already, as gdlib does; its predict makes a new one, and keeps packed weights between calls,

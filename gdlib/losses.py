@@ -66,7 +66,10 @@ class MSELoss:
         terms = validation.as_array(gradient, "the gradient")
         if terms.shape != output.shape:
             raise ValueError(f"the gradient has shape {terms.shape}; a loss without reduction wants one of shape {output.shape}.")
-        validation.flat_out(out, output.shape, output.dtype)
+        if validation.flat_out(out, output.shape, output.dtype) is not None:
+            for remembered, name in ((output, "output"), (target, "target")):
+                if np.may_share_memory(out, remembered):
+                    raise ValueError(f"out shares memory with the {name}; give it memory of its own.")
         slope = _core.squared_error_gradient(output, target, 1.0)  # apart from `out`, which may be the gradient
         result: npt.NDArray[Any] = np.multiply(slope, validation.as_dtype(terms, output.dtype), out=slope if out is None else out)
         return result

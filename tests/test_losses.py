@@ -75,6 +75,9 @@ def test_gradient_into_an_array_that_is_there(pair):
     assert factor.tobytes() == wanted.tobytes()
     with pytest.raises(ValueError, match="out does not fit"):
         terms.backward(factor, out=np.empty(21))
+    for taken in (output, target):
+        with pytest.raises(ValueError, match="out shares memory"):
+            terms.backward(factor, out=taken)
 
 
 @pytest.mark.parametrize("convert", [np.asfortranarray, lambda a: a.astype(np.float32), lambda a: a.tolist(), lambda a: a.T.copy().T])

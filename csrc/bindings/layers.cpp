@@ -4,7 +4,6 @@
 #include <string>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include "arrays.h"
 #include "direct.h"
@@ -132,8 +131,8 @@ struct Elementwise {
   // pages of a new array have just been cleared and are in the caches anyhow.
   bool nontemporal;
 
-  // `arrays` of one size are read and written; `out` may be `in_place`.
-  Elementwise(const OptionalArray& out, const Array& like, const Flat<const T>& in_place, std::size_t arrays) {
+  // `arrays` of one size are read and written; `out` may be `in_place`, of that name.
+  Elementwise(const OptionalArray& out, const Array& like, const Flat<const T>& in_place, const char* name, std::size_t arrays) {
     if (out.is_none()) {
       const py::array shape = as_array(like, "x");
       array = new_array<T>(static_cast<std::size_t>(shape.ndim()), shape.shape());
@@ -143,7 +142,7 @@ struct Elementwise {
     }
     const Flat<T> flat = write_flat<T>(out, "out");
     require_same_shape(out, like, "out");
-    if (flat.data != in_place.data) require_apart<T>(flat.data, flat.size, "out", in_place.data, in_place.size, "the input");
+    if (flat.data != in_place.data) require_apart<T>(flat.data, flat.size, "out", in_place.data, in_place.size, name);
     array = py::reinterpret_borrow<Array>(out);
     data = flat.data;
     nontemporal = data != in_place.data && arrays * flat.size * sizeof(T) > l3_bytes();
@@ -155,7 +154,7 @@ Array activate(const std::string& kind, const Array& x, const OptionalArray& out
     using T = decltype(zero);
     const Activation activation = activation_named(kind);
     const Flat<const T> from = read_flat<T>(x, "x");
-    const Elementwise<T> y(out, x, from, 2);
+    const Elementwise<T> y(out, x, from, "x", 2);
     {
       const WithoutGil released;
       in_stretches(from.size, [&](std::size_t at, std::size_t size) {
@@ -172,7 +171,7 @@ Array activate_backward(const std::string& kind, const Array& y, const Array& g,
     const Activation activation = activation_named(kind);
     const Flat<const T> output = read_flat<T>(y, "y"), from = read_flat<T>(g, "the gradient");
     require_same_shape(g, y, "the gradient");
-    const Elementwise<T> into(out, y, from, 3);
+    const Elementwise<T> into(out, y, from, "the gradient", 3);
     require_apart<T>(into.data, output.size, "out", output.data, output.size, "y");
     {
       const WithoutGil released;
@@ -205,7 +204,7 @@ Array of_residuals(const Array& output, const Array& target, const OptionalArray
     using T = decltype(zero);
     const Flat<const T> o = read_flat<T>(output, "output"), t = read_flat<T>(target, "target");
     require_same_shape(target, output, "target");
-    const Elementwise<T> result(out, output, o, 3);
+    const Elementwise<T> result(out, output, o, "the output", 3);
     if (!out.is_none()) {
       require_apart<T>(result.data, o.size, "out", o.data, o.size, "the output");
       require_apart<T>(result.data, o.size, "out", t.data, t.size, "the target");
@@ -271,6 +270,9 @@ void average(const Array& sources, const Array& mean) {
     const Flat<T> out = write_flat<T>(mean, "mean");
     require_size(out.size, rows.cols, "mean");
     if (rows.rows == 0) throw py::value_error("sources has no rows; at least 1 is wanted.");
+    const bool is_row = out.data >= rows.data && out.data < rows.data + rows.extent() && rows.stride > 0 &&
+                        static_cast<std::size_t>(out.data - rows.data) % rows.stride == 0;
+    if (!is_row) require_apart<T>(out.data, out.size, "mean", rows.data, rows.extent(), "sources");
     const WithoutGil released;
     in_stretches(out.size, [&](std::size_t at, std::size_t size) {
       table<T>().average(size, rows.rows, rows.data + at, rows.stride, out.data + at);
@@ -303,7 +305,7 @@ void define_layers(py::module_& m) {
       {"g", "x", "weight", "weight_gradient", "bias_gradient", "input_gradient"});
   DirectFunction<squared_error_sum>::define(m, "squared_error_sum", "sum of (output - target)^2, carried in double.", {"output", "target"});
   DirectFunction<squared_error_terms>::define(m, "squared_error_terms", "(output - target)^2, element by element.", {"output", "target"});
-  DirectFunction<squared_error_gradient>::define(m, "squared_error_gradient", "scale * 2 (output - target).",
+  DirectFunction<squared_error_gradient>::define(m, "squared_error_gradient", "scale * 2 (output - target), into `out` when one is given.",
                                                  {"output", "target", "scale", "out"});
   DirectFunction<activate>::define(m, "activation_forward", "relu, tanh or sigmoid of every element; out may be x.", {"kind", "x", "out"});
   DirectFunction<activate_backward>::define(m, "activation_backward",
@@ -314,7 +316,7 @@ void define_layers(py::module_& m) {
                                       "maximize", "first_step"});
   DirectFunction<all_finite>::define(m, "all_finite", "True when no element is NaN or infinite.", {"x"});
   DirectFunction<set_zero>::define(m, "set_zero", "x = 0, in place.", {"x"});
-  DirectFunction<average>::define(m, "average", "mean[n] = the mean of the rows of sources[count, n], added in order, in place.",
+  DirectFunction<average>::define(m, "average", "mean[n] = the mean of the rows of sources[count, n], added in order; mean may be one of them.",
                                   {"sources", "mean"});
 }
 

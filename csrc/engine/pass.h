@@ -191,8 +191,7 @@ class Pass {
     return i;
   }
 
-  static constexpr std::size_t elements_per_task = 1 << 14;  // of elementwise work: some microseconds, ten times what handing it out costs
-  static std::size_t task_rows(std::size_t cols) { return std::max<std::size_t>(1, elements_per_task / cols); }
+  static std::size_t task_rows(std::size_t cols) { return std::max<std::size_t>(1, elements_of_stretch / cols); }
   std::size_t task_count(std::size_t cols) const { return ceil_divide(rows_, task_rows(cols)); }
 
   // body(begin, rows, task): elementwise work on rows of `cols`, on all threads.

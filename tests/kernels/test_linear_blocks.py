@@ -141,14 +141,17 @@ def test_gradients_of_input_and_bias_are_optional(isa, dtype):
 
 @pytest.mark.parametrize("in_features", [100, 300])
 def test_rows_from_memory(isa, dtype, in_features):
-    """More than a quarter of an L3 of 32 MiB, which is read row by row: the bits of a few rows in the cache."""
+    """More than a quarter of an L3 of 32 MiB, which is read row by row, with and without a gap: the bits of a few rows in the cache."""
     rows = (9 << 20) // (in_features * dtype().itemsize)
     x, weight, bias, _ = layer((64, in_features, 3), dtype)
     repeated = np.tile(x, (rows // 64 + 1, 1))
+    apart = np.full((len(repeated), in_features + 3), np.nan, dtype)
+    apart[:, :in_features] = repeated
     for outputs in (1, 3):
         wanted = _core.linear_forward(x, weight[:outputs], bias[:outputs])
-        whole = _core.linear_forward(repeated, weight[:outputs], bias[:outputs])
-        assert whole.tobytes() == np.tile(wanted, (rows // 64 + 1, 1)).tobytes()
+        for given in (repeated, apart[:, :in_features]):
+            whole = _core.linear_forward(given, weight[:outputs], bias[:outputs])
+            assert whole.tobytes() == np.tile(wanted, (rows // 64 + 1, 1)).tobytes()
 
 
 @pytest.mark.parametrize("out_features", [3, 9])

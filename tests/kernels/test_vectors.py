@@ -89,6 +89,14 @@ def test_average(isa, dtype, count):
         assert mean.array.tobytes() == (total / dtype(count)).tobytes(), f"n {n}"
 
 
+def test_average_across_sources_is_refused(isa, dtype):
+    memory = np.ones(40, dtype)
+    before = memory.tobytes()
+    with pytest.raises(ValueError, match="mean shares memory with sources"):
+        _core.average(memory[:30].reshape(3, 10), memory[5:15])
+    assert memory.tobytes() == before
+
+
 def test_average_into_a_source(isa, dtype):
     for n in ALL:
         for into in range(3):
