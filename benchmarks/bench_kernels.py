@@ -254,7 +254,7 @@ def _group(kernel: Kernel, dtype: str) -> Group:
     ]
     flops = ELEMENTS * kernel.flops[dtype == "float64"]
     title, arrays, judge = f"{kernel.name} {dtype}", partial(problem, dtype), partial(check, kernel.name)
-    return Group(title, "call", contenders, arrays, judge, "", flops, size, "GB", dtype, rounds=5)
+    return Group(title, "call", contenders, arrays, judge, "", flops, size, "GB", dtype)
 
 
 def _layer(part: str, dtype: str) -> Group:
@@ -265,7 +265,7 @@ def _layer(part: str, dtype: str) -> Group:
     contenders = [*gemm.contenders(part), *vectors, *machine.bandwidth(machine.THREADS, size)]
     title, work = f"Linear({inputs}, {outputs}), {rows:,} rows, {part} {dtype}", partial(gemm.problem, *LAYER, dtype)
     flops = 2 * passes * rows * inputs
-    return Group(title, "call", contenders, work, partial(gemm.check, part), "", flops, size, "GB", dtype, rounds=5)
+    return Group(title, "call", contenders, work, partial(gemm.check, part), "", flops, size, "GB", dtype)
 
 
 GROUPS = [
