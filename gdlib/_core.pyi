@@ -98,7 +98,7 @@ def available_isas() -> list[str]:
 
 def average(sources: numpy.typing.NDArray[typing.Any], mean: numpy.typing.NDArray[typing.Any], /) -> None:
     """
-    mean[n] = the mean of the rows of sources[count, n], added in order, in place.
+    mean[n] = the mean of the rows of sources[count, n], added in order; mean may be one of them.
     """
 
 def compiler() -> str:
@@ -234,7 +234,7 @@ def squared_error_gradient(
     /,
 ) -> numpy.typing.NDArray[typing.Any]:
     """
-    scale * 2 (output - target).
+    scale * 2 (output - target), into `out` when one is given.
     """
 
 def squared_error_sum(output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any], /) -> float:
