@@ -1,7 +1,7 @@
 """Kernels one by one on arrays larger than a cache: activations, the loss, the update, averages, and a layer of one output.
 
 Each array is read or written once, so that memory is the limit. Results are written in place or into arrays that are there already, where a
-library takes them, and all arrays lie in NumPy's memory.
+library takes them, and NumPy's and PyTorch's arrays lie in NumPy's memory.
 """
 
 import functools
@@ -178,7 +178,7 @@ def pytorch_kernel(arrays: Arrays, kernel: str, form: str) -> Run:
     momentum = MOMENTUM if kernel == UPDATE_WITH_MOMENTUM else 0.0
     models, mean, mean_reduction = x.view(MODELS, -1), into[: ELEMENTS // MODELS], 1
     forward = {"ReLU": torch.relu, "Tanh": torch.tanh, "Sigmoid": torch.sigmoid}.get(kernel.partition(",")[0])
-    y = forward(x) if forward and kernel.endswith(BACKWARD) else x
+    y = gemm.zeros_like(x).copy_(forward(x)) if forward and kernel.endswith(BACKWARD) else x
     leaf = torch.nn.Parameter(parameter)
     leaf.grad = g
     optimizer = torch.optim.SGD([leaf], lr=LR, momentum=momentum, fused=form == FUSED)
