@@ -202,7 +202,7 @@ template <class T>
 OutputRange visit_weight_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
                                   std::size_t x_stride, const T* weight, BlockVisitor<T> finish, T* weight_gradient, T* bias_gradient,
                                   std::size_t part, std::size_t parts) {
-  if (out_features < few_outputs || rows > most_chain) {
+  if (out_features < few_outputs) {
     if (part + 1 < parts) return {0, 0};
     linear_weight_gradient(rows, in_features, out_features, g, x, x_stride, false, weight_gradient, bias_gradient);
     finish({0, out_features, 0, in_features, weight_gradient, in_features});

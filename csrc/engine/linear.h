@@ -40,7 +40,7 @@ struct OutputRange {
 
 // The same for an update of `weight` at once: `finish` visits each block of the weight gradient, on the thread that computed it, and what
 // weight_gradient[out, in] holds afterwards is unspecified. Only the outputs of one of some parts, which may be asked for at the same time;
-// returns which these were. Few outputs are all in the last part.
+// returns which these were. Few outputs are all in the last part. `rows` is at most most_chain.
 template <class T>
 OutputRange visit_weight_gradient(std::size_t rows, std::size_t in_features, std::size_t out_features, const T* g, const T* x,
                                   std::size_t x_stride, const T* weight, BlockVisitor<T> finish, T* weight_gradient, T* bias_gradient,
