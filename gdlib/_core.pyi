@@ -15,6 +15,7 @@ __all__: list[str] = [
     "all_finite",
     "available_isas",
     "average",
+    "cache_bytes",
     "compiler",
     "cpu_features",
     "few_outputs",
@@ -98,7 +99,12 @@ def available_isas() -> list[str]:
 
 def average(sources: numpy.typing.NDArray[typing.Any], mean: numpy.typing.NDArray[typing.Any], /) -> None:
     """
-    mean[n] = the mean of the rows of sources[count, n], added in order; mean may be one of them.
+    mean[n] = the mean of the rows of sources[count, n], added in order; mean may be one.
+    """
+
+def cache_bytes() -> tuple[int, int]:
+    """
+    A core's L2, and the L3 that it shares.
     """
 
 def compiler() -> str:

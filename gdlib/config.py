@@ -15,11 +15,13 @@ def set_num_threads(count: int) -> None:
 
 
 def get_config() -> dict[str, Any]:
-    """By name: the kernel table in use, all that this machine can run, CPU features that they need, threads, OpenMP, CUDA, compiler."""
+    """By name: the kernel table in use, all that this machine can run, CPU features that they need, bytes of L2 and L3, threads, OpenMP,
+    CUDA, compiler."""
     return {
         "isa": _core.isa(),
         "isas": _core.available_isas(),
         "features": _core.cpu_features(),
+        "caches": _core.cache_bytes(),
         "threads": _core.num_threads(),
         "openmp": _core.openmp_enabled(),
         "cuda": False,  # this build has no device kernels
@@ -28,10 +30,13 @@ def get_config() -> dict[str, Any]:
 
 
 def show_config() -> None:
-    """Print which kernels run here, and why: the ISA (forced with `GDLIB_ISA`), features, threads, OpenMP and CUDA."""
+    """Print which kernels run here, and why: the ISA (forced with `GDLIB_ISA`), features, caches, threads, OpenMP and
+    CUDA."""
     config = get_config()
     print(f"isa      {config['isa']} (of {', '.join(config['isas'])}; GDLIB_ISA forces one)")
     print(f"features {', '.join(config['features']) or 'none that a table needs'}")
+    l2, l3 = config["caches"]
+    print(f"caches   L2 of a core {l2 >> 10:,} KiB, L3 that it shares {l3 >> 10:,} KiB")
     print(f"threads  {config['threads']} (GDLIB_NUM_THREADS or gdlib.set_num_threads)")
     print(f"openmp   {'yes' if config['openmp'] else 'no: one thread'}")
     print(f"cuda     {'yes' if config['cuda'] else 'not built'}")

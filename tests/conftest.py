@@ -10,7 +10,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(params=[1, 2, 3, 5, 8])
+@pytest.fixture(params=range(1, 9))
 def threads(request):
     before = gdlib._core.num_threads()
     gdlib.set_num_threads(request.param)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +127,19 @@ def test_subpackages_come_when_they_are_asked_for():
     assert done.stdout.split() == ["gdlib.distributed.shared_memory", "gdlib.serve.app"]
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         gdlib.nonsense  # noqa: B018
+
+
+def test_caches_are_those_that_a_core_reaches(capsys):
+    """sysconf may give the L3 of a whole socket, ten times what a core reaches: results then never bypassed the caches."""
+    listed = {}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        size = (index / "size").read_text().strip()
+        listed[(index / "level").read_text().strip()] = int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]]
+    l2, l3 = config.get_config()["caches"]
+    assert (l2, l3) == (listed.get("2", l2), listed.get("3", l3))
+    assert min(l2, l3) >= 1 << 14
+    gdlib.show_config()
+    assert f"caches   L2 of a core {l2 >> 10:,} KiB, L3 that it shares {l3 >> 10:,} KiB\n" in capsys.readouterr().out
 
 
 def test_threads_can_be_set():

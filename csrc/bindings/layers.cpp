@@ -127,7 +127,7 @@ template <class T>
 struct Elementwise {
   Array array;
   T* data;
-  // Whether the result bypasses the caches: where they cannot hold what a call reads and writes, that is 1.3 to 1.6 times as fast. The
+  // Whether the result bypasses the caches: where they cannot hold what a call reads and writes, that is 1.3 to 1.7 times as fast. The
   // pages of a new array have just been cleared and are in the caches anyhow.
   bool nontemporal;
 
@@ -316,7 +316,7 @@ void define_layers(py::module_& m) {
                                       "maximize", "first_step"});
   DirectFunction<all_finite>::define(m, "all_finite", "True when no element is NaN or infinite.", {"x"});
   DirectFunction<set_zero>::define(m, "set_zero", "x = 0, in place.", {"x"});
-  DirectFunction<average>::define(m, "average", "mean[n] = the mean of the rows of sources[count, n], added in order; mean may be one of them.",
+  DirectFunction<average>::define(m, "average", "mean[n] = the mean of the rows of sources[count, n], added in order; mean may be one.",
                                   {"sources", "mean"});
 }
 

@@ -4,8 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <utility>
 
 #include "../dispatch/dispatch.h"
+#include "../engine/caches.h"
 #include "../engine/parallel.h"
 
 namespace py = pybind11;
@@ -22,6 +24,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("available_isas", &gdlib::available_isas, "The kernel tables that this machine can run, slowest first.");
   m.def("cpu_features", &gdlib::cpu_features, "Features of this CPU that some kernel table needs.");
   m.def("select_isa", &gdlib::select_isa, "Forces a kernel table; not while another thread computes.", py::arg("name"));
+  m.def("cache_bytes", [] { return std::pair(gdlib::l2_bytes(), gdlib::l3_bytes()); }, "A core's L2, and the L3 that it shares.");
   m.def("num_threads", &gdlib::thread_count, "Threads that a call may use.");
   m.def("set_num_threads", &gdlib::set_thread_count, "Sets the threads that a call may use.", py::arg("count"));
   m.def("openmp_enabled", &gdlib::openmp_enabled, "True when the extension was built with OpenMP.");

@@ -32,10 +32,10 @@ constexpr std::size_t shared_bytes = 3 << 20, strips_to_share_b = 256;
 // Steps of depth that are copied for all panels or strips before the next ones: so many pages of memory are in use at a time, and so many
 // lines, which fall on one set of the caches where steps are a power of two apart.
 constexpr std::size_t depth_copied = 8;
-// B is copied where no transposition is needed for at least so many tiles of rows: copies cost 12 % of 32 rows, 3 % of 128. A small part
-// of L2 that holds all of it is read where it lies for up to 64, which copies make up to 5 % slower, and beyond are no faster; with short
-// steps, if its rows do not begin with lines, so that vectors lie in two, for up to 8: copies make 180 random layers 1.03 times as fast so,
-// the fastest 1.25 times (Zen 4).
+// B is copied where no transposition is needed for at least so many tiles of rows: copies cost 12 % of 32 rows, 3 % of 128. One
+// within a fourth of L2 is read where it lies for up to 64: a copy would take up to 5 % longer, beyond either is as fast. With short steps,
+// if its rows do not begin with lines, so that vectors lie in two, it is for up to 8: with copies gradients of 180 random layers are 1.03
+// times as fast, up to 1.25 times (Zen 4).
 constexpr std::size_t tiles_to_pack_b = 3, tiles_to_pack_split_b = 9, tiles_to_pack_small_b = 65;
 // Cycles for each element packed, a transposition (from L2), next to 2 multiply-adds of a vector in a cycle; and into a block beyond L2.
 constexpr double cycles_to_pack = 0.25, cycles_to_pack_shared = 0.5;

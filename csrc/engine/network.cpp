@@ -41,6 +41,7 @@ namespace {
 // writes the whole gradient, a step of 4096-4096-1000, 256 rows, took twice as long. At most 1024, whose inputs and outputs are in a cache
 // when they are used again: 4096 took 2 to 12 % longer.
 constexpr std::size_t least_rows = 64, most_rows = 1024, most_bytes = 64 << 20;
+static_assert(most_rows <= most_chain);  // which visit_weight_gradient asks for
 constexpr std::uint64_t most_work = 20'000'000'000;  // multiply-adds times bytes of an element, as the next
 
 // Of the weight gradients that update their weights at once, which nothing interrupts.

@@ -1,7 +1,8 @@
 // The lane type of the ISA that this translation unit is compiled for; the only file with intrinsics.
 //
 // GCC and Clang vector extensions carry the arithmetic; an intrinsic stands here only where they have no word for it: masked tails, fused
-// multiply-add, compress, stores past the caches. Everything has internal linkage, so that no code compiled with wide flags can be linked into another unit.
+// multiply-add, compress, stores past the caches. Everything has internal linkage, so that no code compiled with wide flags can be linked
+// into another unit.
 #pragma once
 
 #include <stddef.h>

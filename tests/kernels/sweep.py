@@ -3,6 +3,10 @@
 67 is more than four float32 registers of 512 bits, a GEMM tile's width (48) and a task's smallest number of rows (64), with a remainder.
 """
 
+import pytest
+
+from gdlib import _core
+
 LARGEST = 67
 ALL = tuple(range(LARGEST + 1))
 # Around each power of two, and the switch at 8 outputs between the kernels for few outputs and GEMM.
@@ -14,3 +18,11 @@ def third_sizes(first, second, exhaustive):
     if exhaustive:
         return ALL
     return [(), BOUNDARY, ALL][(first in BOUNDARY) + (second in BOUNDARY)]
+
+
+def past_l3(dtype, arrays):
+    """How many elements each of some arrays must have for the L3 not to hold them together. Skips where that is much memory."""
+    l3 = _core.cache_bytes()[1]
+    if l3 > 128 << 20:
+        pytest.skip(f"an L3 of {l3 >> 20} MiB takes too much memory and time to fill")
+    return l3 // (arrays * dtype().itemsize) + 1
