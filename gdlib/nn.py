@@ -252,8 +252,10 @@ class Sequential(Model):
         self._flat_layers = [leaf for _, leaf in places if isinstance(leaf, (Linear, Activation))]
         # An activation works in place on a Linear's output, which has no other reader, and on a gradient that this model has made.
         after_linear = [False, *(isinstance(leaf, Linear) for leaf in self._flat_layers[:-1])]
-        self._steps = [(leaf, after and isinstance(leaf, Activation)) for leaf, after in zip(self._flat_layers, after_linear, strict=True)]
-        self._steps_back = [(leaf, i > 0 and isinstance(leaf, Activation)) for i, leaf in enumerate(reversed(self._flat_layers))]
+        steps = [(leaf, after and isinstance(leaf, Activation)) for leaf, after in zip(self._flat_layers, after_linear, strict=True)]
+        steps_back = [(leaf, i > 0 and isinstance(leaf, Activation)) for i, leaf in enumerate(reversed(self._flat_layers))]
+        *self._steps, self._last_step = steps
+        *self._steps_back, self._last_step_back = steps_back
         features = self.in_features
         self._architecture: list[LayerTuple] = []
         for leaf in self._flat_layers:
@@ -288,16 +290,28 @@ class Sequential(Model):
         """The layers as (kind, in_features, out_features, bias), those of a Sequential inside in its place."""
         return list(self._architecture)
 
-    def __call__(self, x: Any) -> npt.NDArray[Any]:
-        """The output, [..., out_features]; every layer remembers what its `backward` needs."""
+    def __call__(self, x: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """The output, [..., out_features]; every layer remembers what its `backward` needs. `out` receives the result if given."""
+        if out is not None:
+            self._require_room(out, x, "x", self.in_features, self.out_features)
         y: npt.NDArray[Any] = x
         if isinstance(self._flat_layers[0], Activation):  # infinity would come out of it as a number
             y = self._as_input(x)
         for layer, in_place in self._steps:
             y = layer(y, y if in_place else None)
-        return y
+        layer, in_place = self._last_step
+        return layer(y, y if in_place and out is None else out)
 
     forward = __call__
+
+    def _require_room(self, out: Any, given: Any, name: str, features: int, wanted: int) -> None:
+        """Raises ValueError, before any layer has worked, for an `out` that does not fit, or whose memory this model reads."""
+        shape = validation.as_array(given, name).shape
+        if shape and shape[-1] == features:  # what the layers say of another shape is clearer
+            validation.flat_out(out, (*shape[:-1], wanted), self.dtype)
+        for other, what in ((given, name), (self._arena.data, "the parameters")):
+            if isinstance(other, np.ndarray) and np.may_share_memory(out, other):
+                raise ValueError(f"out shares memory with {what}; give it memory of its own.")
 
     def _as_input(self, x: Any) -> npt.NDArray[Any]:
         """x as finite numbers of this dtype, in its shape."""
@@ -324,15 +338,19 @@ class Sequential(Model):
             shaped: npt.NDArray[Any] = y.reshape(*validation.as_array(x, "x").shape[:-1], self.out_features)
             return shaped
 
-    def backward(self, gradient: Any) -> npt.NDArray[Any]:
+    def backward(self, gradient: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """Add to every `.grad` and return the gradient of x, [..., in_features], for the gradient of the last output.
 
-        Raises RuntimeError before the first call of the model, ValueError for a gradient of another shape.
+        `out` receives the result if given. Raises RuntimeError before the first call of the model, ValueError for a gradient of another
+        shape.
         """
+        if out is not None:
+            self._require_room(out, gradient, "the gradient", self.out_features, self.in_features)
         g: npt.NDArray[Any] = gradient
         for layer, in_place in self._steps_back:
             g = layer.backward(g, g if in_place else None)
-        return g
+        layer, in_place = self._last_step_back
+        return layer.backward(g, g if in_place and out is None else out)
 
     def _span(self) -> tuple[int, int]:
         return self._begin, self._end

@@ -283,6 +283,57 @@ def test_activations_alone():
         assert repr(layer) == f"{activation.__name__}()"
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: (Linear(3, 5, seed=0), Tanh(), Linear(5, 2, seed=1)),
+        lambda: (Linear(3, 5, seed=0), Linear(5, 2, seed=1), Sigmoid()),
+        lambda: (Tanh(), Sequential(Linear(3, 5, seed=0), ReLU()), Linear(5, 2, seed=1)),
+        lambda: (Linear(3, 2, seed=0),),
+    ],
+    ids=["linear last", "activation last", "activation first", "one layer"],
+)
+@pytest.mark.parametrize("shape", [(4,), (2, 2), ()])
+def test_results_into_memory_that_is_there(layers, shape):
+    """The bits, and the gradients of parameters, are those of new arrays; what is given is left as it was."""
+    rng = np.random.default_rng(0)
+    x, gradient = rng.standard_normal((*shape, 3)).astype(np.float32), rng.standard_normal((*shape, 2)).astype(np.float32)
+    given = x.copy(), gradient.copy()
+    plain, model = Sequential(*layers()), Sequential(*layers())
+    y, x_gradient = plain(x), plain.backward(gradient)
+    out, out_back = np.full((*shape, 2), np.nan, np.float32), np.full((*shape, 3), np.nan, np.float32)
+    assert np.shares_memory(model(x, out=out), out)
+    assert np.shares_memory(model.backward(gradient, out=out_back), out_back)
+    np.testing.assert_array_equal(out, y)
+    np.testing.assert_array_equal(out_back, x_gradient)
+    np.testing.assert_array_equal(model._arena.grad, plain._arena.grad)
+    np.testing.assert_array_equal(x, given[0])
+    np.testing.assert_array_equal(gradient, given[1])
+
+
+def test_an_out_that_does_not_fit_leaves_the_network_as_it_was():
+    model = Sequential(Linear(4, 4, seed=0), Tanh(), Linear(4, 4, seed=1))
+    x, other, gradient = np.ones((2, 4), np.float32), np.zeros((4, 4), np.float32), np.ones((2, 4), np.float32)
+    model(x)
+    model.backward(gradient)
+    wanted = model._arena.grad.copy()
+    model._arena.grad[...] = 0
+    for bad in (np.empty((2, 4), np.float32), np.empty((4, 4)), [[0.0] * 4] * 4):
+        with pytest.raises(ValueError, match="out does not fit"):
+            model(other, out=bad)
+    for bad in (np.empty((4, 4), np.float32), np.empty((2, 3), np.float32)):
+        with pytest.raises(ValueError, match="out does not fit"):
+            model.backward(gradient, out=bad)
+    with pytest.raises(ValueError, match="out shares memory with x"):
+        model(other, out=other)
+    with pytest.raises(ValueError, match="out shares memory with the parameters"):
+        model(other, out=model[0].weight.data)
+    with pytest.raises(ValueError, match="out shares memory with the gradient"):
+        model.backward(gradient, out=gradient)
+    model.backward(gradient)  # of the x before
+    np.testing.assert_array_equal(model._arena.grad, wanted)
+
+
 def twice(pair):
     return pickle.loads(pickle.dumps(pair))
 
