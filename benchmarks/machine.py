@@ -22,8 +22,10 @@ from benchmarks.measure import Contender, Group, Run, UnavailableError
 from gdlib.config import get_config, set_num_threads
 
 SOURCE = r"""
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <thread>
 #include <vector>
 #if defined(__AVX512F__)  // bytes of a vector; independent chains: enough to hide the latency of all units, few enough for the registers
@@ -35,12 +37,41 @@ constexpr int kBytes = 16, kChains = 24;
 #endif
 static volatile std::uint64_t sink;
 
-template <class F> static void on_threads(int threads, F work) {
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back(work, t);
-  work(0);
-  for (std::thread& other : others) other.join();
-}
+// Threads that wait awake, each on a core of its own before the clock starts: what starting and moving them costs is no limit.
+class Team {
+ public:
+  explicit Team(int threads) {
+    for (int t = 1; t < threads; ++t) others_.emplace_back([this, t] { follow(t); });
+  }
+  ~Team() {
+    run(nullptr);
+    for (std::thread& other : others_) other.join();
+  }
+  int threads() const { return static_cast<int>(others_.size()) + 1; }
+  void run(std::function<void(int)> work) {
+    work_ = std::move(work);
+    left_ = threads() - 1;
+    ++turn_;
+    if (work_) work_(0);
+    while (left_) {}
+  }
+
+ private:
+  void follow(int t) {
+    for (long seen = 0;; ++seen) {
+      while (turn_ == seen) {}
+      const bool last = !work_;
+      if (!last) work_(t);
+      --left_;
+      if (last) return;
+    }
+  }
+  std::function<void(int)> work_;  // none: the end
+  std::atomic<int> left_{0};
+  std::atomic<long> turn_{0};
+  std::vector<std::thread> others_;
+};
+static Team* team;
 
 template <class T> static void multiply_add(long steps) {
   typedef T Lanes __attribute__((vector_size(kBytes)));
@@ -54,8 +85,9 @@ template <class T> static void multiply_add(long steps) {
 }
 
 // Each thread reads its part as so many sequences side by side: more of them keep more of the prefetchers busy, or disturb them.
-template <int kSequences> static void read_sequences(const char* data, std::size_t bytes, int threads) {
-  on_threads(threads, [=](int t) {
+template <int kSequences> static void read_sequences(const char* data, std::size_t bytes) {
+  const int threads = team->threads();
+  team->run([=](int t) {
     typedef std::uint64_t Words __attribute__((vector_size(kBytes), aligned(8), may_alias));
     constexpr int kTogether = 16 / kSequences;
     const std::size_t sequence = bytes / threads / kSequences / (kTogether * kBytes) * (kTogether * kBytes);
@@ -71,15 +103,17 @@ template <int kSequences> static void read_sequences(const char* data, std::size
 }
 
 extern "C" {
-void read_once_1(const char* data, std::size_t bytes, int threads) { read_sequences<1>(data, bytes, threads); }
-void read_once_4(const char* data, std::size_t bytes, int threads) { read_sequences<4>(data, bytes, threads); }
-void fma_float32(long steps, int threads) { on_threads(threads, [=](int) { multiply_add<float>(steps); }); }
-void fma_float64(long steps, int threads) { on_threads(threads, [=](int) { multiply_add<double>(steps); }); }
+void begin_team(int threads) { team = new Team(threads); }
+void end_team() { delete team; }
+void read_once_1(const char* data, std::size_t bytes) { read_sequences<1>(data, bytes); }
+void read_once_4(const char* data, std::size_t bytes) { read_sequences<4>(data, bytes); }
+void fma_float32(long steps) { team->run([=](int) { multiply_add<float>(steps); }); }
+void fma_float64(long steps) { team->run([=](int) { multiply_add<double>(steps); }); }
 long flops_float32() { return 2L * kChains * (kBytes / 4); }  // of a step
 long flops_float64() { return 2L * kChains * (kBytes / 8); }
 }
 """
-FLOPS_PER_CALL = 2**31  # for each thread, about 20 ms: long beside the start of a thread
+FLOPS_PER_CALL = 2**31  # for each thread, about 20 ms
 THREADS = int(get_config()["threads"])  # what affinity and the cgroup leave: gdlib's, and then every peer's
 THREAD_COUNTS = sorted({1, THREADS})
 
@@ -98,6 +132,16 @@ def library() -> ctypes.CDLL:
         if done.returncode:
             raise UnavailableError(f"{Path(compiler).name} fails: {done.stderr.strip().splitlines()[0]}")
         return ctypes.CDLL(str(built))
+
+
+@contextmanager
+def team(threads: int) -> Iterator[None]:
+    """While it lasts, the loops run on so many threads, which wait awake."""
+    library().begin_team(threads)
+    try:
+        yield
+    finally:
+        library().end_team()
 
 
 def free_bytes() -> int:
@@ -125,11 +169,11 @@ def reading(name: str, array: Callable[[Any], np.ndarray[Any, Any]], threads: in
 
     def prepare(problem: Any, sequences: int) -> Run:
         data, call = array(problem), getattr(library(), f"read_once_{sequences}")
-        return lambda: call(ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(data.nbytes), threads)
+        return lambda: call(ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(data.nbytes))
 
     def contender(sequences: int) -> Contender:
         form = "one sequence a thread" if sequences == 1 else f"{sequences} sequences a thread"
-        return Contender(name, functools.partial(prepare, sequences=sequences), work, form, limit=True)
+        return Contender(name, functools.partial(prepare, sequences=sequences), work, form, functools.partial(team, threads), limit=True)
 
     return [contender(sequences) for sequences in (1, 4)]
 
@@ -145,9 +189,10 @@ def fma_peak(dtype: str, threads: int, wanted: float) -> Contender:
     def prepare(_: Any) -> Run:
         call = getattr(library(), f"fma_{dtype}")
         steps = ctypes.c_long(FLOPS_PER_CALL // getattr(library(), f"flops_{dtype}")())
-        return lambda: call(steps, threads)
+        return lambda: call(steps)
 
-    return Contender(f"FMA peak, {dtype}, {plural(threads)}", prepare, FLOPS_PER_CALL * threads / wanted, limit=True)
+    name, work = f"FMA peak, {dtype}, {plural(threads)}", FLOPS_PER_CALL * threads / wanted
+    return Contender(name, prepare, work, around=functools.partial(team, threads), limit=True)
 
 
 @contextmanager
