@@ -16,7 +16,7 @@ from benchmarks.peers import Regression
 
 LR, EPOCHS = 0.25, 10  # the Hessian's eigenvalues are close to 2: stable, and every step still moves the weights
 HEADLINE = (1_000_000, 100, "float32")
-SHAPES = (HEADLINE, (1_000_000, 100, "float64"), (200_000, 1_000, "float32"))
+SHAPES = (HEADLINE, (1_000_000, 100, "float64"), (200_000, 1_000, "float32"), (200_000, 1_000, "float64"))
 BLOCK = 8192  # rows: X is built and checked without temporary arrays of its size
 
 

@@ -281,8 +281,8 @@ void average(const Array& sources, const Array& mean) {
 }
 
 Array squared_error_terms(const Array& output, const Array& target) {
-  return of_residuals(output, target, py::none(), [](std::size_t n, const auto* o, const auto* t, auto* result, bool nontemporal) {
-    table<std::remove_reference_t<decltype(*result)>>().squared_error_terms(n, o, t, result, nontemporal);
+  return of_residuals(output, target, py::none(), [](std::size_t n, const auto* o, const auto* t, auto* result, bool) {
+    table<std::remove_reference_t<decltype(*result)>>().squared_error_terms(n, o, t, result);
   });
 }
 

@@ -9,7 +9,7 @@
 
 namespace gdlib {
 
-// Row r is at x + (index ? index[r] : r) * x_stride; targets likewise, dense, null for zeros.
+// Row r is at x + (index ? index[r] : r) * x_stride; targets likewise, dense (for the kernel of few outputs, null: zeros).
 template <class T>
 struct Batch {
   const T* x;
@@ -44,16 +44,16 @@ void gather_part(const Batch<T>& batch, std::size_t begin, std::size_t rows, std
     const std::size_t later = r + ahead < rows ? begin + r + ahead : next + (r + ahead - rows);
     if (later < known) {
       ask_for(batch.x + batch.index[later] * batch.x_stride, in_features);
-      if (target) ask_for(batch.target + batch.index[later] * out_features, out_features);
+      ask_for(batch.target + batch.index[later] * out_features, out_features);
     }
     const std::size_t row = batch.index[begin + r];
     std::copy_n(batch.x + row * batch.x_stride, in_features, x + r * in_features);
-    if (target) std::copy_n(batch.target + row * out_features, out_features, target + r * out_features);
+    std::copy_n(batch.target + row * out_features, out_features, target + r * out_features);
   }
 }
 
-// x[rows, in_features], target[rows, out_features] = the rows from `begin` on of a batch that has an index; target may be null. Asks for
-// those that are likely to be gathered after them, from number `next` on, so that many of their lines are on their way at once.
+// x[rows, in_features], target[rows, out_features] = the rows from `begin` on of a batch that has an index. Asks for those that
+// are likely to be gathered after them, from number `next` on, so that many of their lines are on their way at once.
 template <class T>
 void gather_rows(const Batch<T>& batch, std::size_t begin, std::size_t rows, std::size_t next, std::size_t in_features,
                  std::size_t out_features, T* x, T* target) {
@@ -62,7 +62,7 @@ void gather_rows(const Batch<T>& batch, std::size_t begin, std::size_t rows, std
   parallel_for(parts, threads, [&](std::size_t i, std::size_t) {
     const std::size_t first = rows * i / parts, end = rows * (i + 1) / parts;
     gather_part(batch, begin + first, end - first, next + first, in_features, out_features, x + first * in_features,
-                target ? target + first * out_features : nullptr);
+                target + first * out_features);
   });
 }
 

@@ -17,7 +17,7 @@ constexpr std::size_t depth_bytes = 4096;
 constexpr std::size_t depth_unpacked = 16;
 // Strips of A that are laid out together, where they have to be: 32 or 64 neighbours of a row of memory are read at once.
 constexpr std::size_t tiles_of_group = 8;
-// Panels that must share them for that to pay.
+// Panels that must share them for that to pay: one reads each strip once, as a copy of it would.
 constexpr std::size_t panels_to_pack_a = 2;
 // A step of a tile that has fewer multiply-adds of vectors, as with AVX2 and scalar kernels (12, in 6 cycles of a Zen 3), waits for data
 // where a longer one (AVX-512: 24, in 24 cycles of a Zen 4) hides that. Only for short ones the choices below were measured.
@@ -43,7 +43,8 @@ constexpr double cycles_to_pack = 0.25, cycles_to_pack_shared = 0.5;
 // pieces cost: at 2,048^3 on a Zen 5, 4 for each thread reach 460 GFLOP/s, 2 reach 500 and 1 reaches 510.
 constexpr double cycles_of_task = 8'000'000;
 
-// Panels whose blocks of C stand together where C is not kept: 48 KiB, which its visitor reads from L2 in rows of 768 bytes.
+// Panels whose blocks of C stand together where C is not kept, so that its visitor reads them from L2 in rows of several lines: with AVX-512
+// of 768 bytes, 48 KiB in all.
 constexpr std::size_t panels_to_finish = 4;
 
 constexpr std::size_t most_panels = 64;  // of a block: their descriptions lie on the stack
@@ -90,7 +91,8 @@ class Multiplication {
         short_steps_(kernel_.tile_rows * kernel_.tile_vectors < short_step),
         unpacked_(!product.packed && product.b.col_stride == 1 && row_tiles_ < tiles_to_pack()) {
     const std::size_t panel_width = kernel_.tile_vectors * kernel_.lanes;
-    // Panels stay in three fourths of L2, two of them at least in half; the rest is left to A and C, which only pass through.
+    // Panels stay in three fourths of L2, two of them at least in half; the rest is left to A and C, which only pass through. At least 64
+    // steps: however small L2 is, a tile's begin and end, a load and a store of C, are to be little beside them.
     const std::size_t l2_depth = l2_bytes() / 4 / (panel_width * sizeof(T));
     const std::size_t most_depth = unpacked_ && !small_b_ ? depth_unpacked : std::clamp<std::size_t>(l2_depth, 64, depth_bytes / sizeof(T));
     blocking_.depth = std::max<std::size_t>(1, ceil_divide(p_.depth, std::max<std::size_t>(1, ceil_divide(p_.depth, most_depth))));
@@ -110,7 +112,7 @@ class Multiplication {
     blocking_.block_size = product.packed ? 0 : blocking_.panels * panel_width * blocking_.depth;
     const bool kept = !product.updated || blocking_.depth < p_.depth;
     blocking_.result_size = kept ? 0 : tiles_of_group * kernel_.tile_rows * panels_to_finish * panel_width;
-    fetch_ = product.rows * product.cols * sizeof(T) > l2_bytes() / 2;
+    fetch_ = product.rows * product.cols * sizeof(T) > l2_bytes() / 2;  // a smaller C is found in L2 next to the panels
   }
 
   void run() {
@@ -161,7 +163,8 @@ class Multiplication {
     const std::size_t pieces = whole / static_cast<double>(threads) < cycles_of_task ? threads : 2 * threads;
     // The columns of a layer's product are its outputs, as the rows of its weight gradient are: cut alike, the weights of an output are
     // updated by the thread that reads them in the next forward product, and stay in its cache. Where they do not fit, what is packed
-    // decides: gradients of 0.5 to 17 million weights are 1.00 to 1.08 times as fast so (up to 1.18 in float64).
+    // decides: gradients of 0.5 to 17 million weights are 1.00 to 1.08 times as fast so (up to 1.18 in float64). This count leaves out
+    // where weights come from: a cut into columns is to gain 3 % by it.
     const bool stays = p_.rows * p_.cols * sizeof(T) <= threads * l2_bytes();
     const double cut_in_rows = p_.a.col_stride == 1 || !stays ? 1.0 : 0.97;
     double least = whole;

@@ -64,6 +64,7 @@ void gemm_by_rows(const Product<T>& p) {
   // By columns, no two parts read the same of B, which is most of the work of few rows and many steps.
   const bool by_rows = p.depth <= few_steps ? fours >= static_cast<std::size_t>(threads) : p.rows > most_rows(p);
   const std::size_t parts = std::min(static_cast<std::size_t>(threads), by_rows ? fours : vectors);
+  // A B within half of L2 stays there next to rows of A and C, and needs no prefetcher.
   const std::size_t in_l2 = p.depth * p.cols * sizeof(T) <= l2_bytes() / 2 ? most_steps : most_streams;
   const std::size_t depth = on_a_set<T>(p.b.row_stride) && !by_rows ? few_steps : in_l2;  // a small B comes from L2 anyway
 

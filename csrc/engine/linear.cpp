@@ -52,7 +52,7 @@ void weight_product_in_parts(std::size_t rows, std::size_t in_features, std::siz
     gemm(weight_product(std::min(most_chain, rows - begin), in_features, out_features, g + begin * out_features, out_features,
                         x + begin * x_stride, x_stride, into));
   };
-  if (n <= most_partial / 4) {
+  if (n <= most_partial / 4) {  // a part's blocks of A and B take the rest of L2
     AlignedVector<T> partials(parts * n);
     parallel_for(parts, threads_for(cycles_of(rows, in_features, out_features)),
                  [&](std::size_t i, std::size_t) { part(i, partials.data() + i * n); });
@@ -70,7 +70,8 @@ void weight_product_in_parts(std::size_t rows, std::size_t in_features, std::siz
 // total[cols] += column sums of g[rows, cols]: in T over some rows, the rest in double. Threads share the columns.
 template <class T>
 void add_column_sums(std::size_t rows, std::size_t cols, const T* g, std::size_t g_stride, T* total) {
-  constexpr std::size_t block = 512, unit = 64;  // columns: whole lines
+  // Rows of a chain in T, so that the sums in double are few beside them; columns: whole lines.
+  constexpr std::size_t block = 512, unit = 64;
   const double cycles = static_cast<double>(rows) * static_cast<double>(cols * sizeof(T)) / 16.0;  // from L3
   const int threads = threads_for(cycles);
   const std::size_t parts = std::min(ceil_divide(cols, unit), static_cast<std::size_t>(threads));

@@ -39,12 +39,13 @@ namespace {
 // Rows of one pass: as many as fit 64 MiB, so that memory stays bounded for any batch, and as 5 * 10^9 multiply-adds of a layer allow in
 // float32, half in float64 (a tenth of a second on one core with AVX-512), so that Ctrl-C is answered; by 10^9, as each pass reads and
 // writes the whole gradient, a step of 4096-4096-1000, 256 rows, took twice as long. At most 1024, whose inputs and outputs are in a cache
-// when they are used again: 4096 took 2 to 12 % longer.
+// when they are used again: 4096 took 2 to 12 % longer. At least 64: each pass reads all weights and adds to all of the gradient, and that
+// many uses of each element are to pay for it.
 constexpr std::size_t least_rows = 64, most_rows = 1024, most_bytes = 64 << 20;
 static_assert(most_rows <= most_chain);  // which visit_weight_gradient asks for
 constexpr std::uint64_t most_work = 20'000'000'000;  // multiply-adds times bytes of an element, as the next
 
-// Of the weight gradients that update their weights at once, which nothing interrupts.
+// Of the weight gradients that update their weights at once, which nothing interrupts: 1.6 times the work of such a layer.
 constexpr std::uint64_t most_work_of_update = 32'000'000'000;
 
 }  // namespace
@@ -125,7 +126,7 @@ double network_squared_error(const Network& network, const Batch<T>& batch, cons
 namespace {
 
 // Threads worth a pass, there and back, of a network that each takes some rows of through all its layers.
-int threads_of_pass(const Network& network, std::size_t rows) {
+int threads_of_pass(const Network& network, std::size_t rows) {  // three products, about 12 multiply-adds a cycle
   return threads_for(static_cast<double>(rows) * static_cast<double>(network.parameters()) / 4.0);
 }
 

@@ -105,16 +105,12 @@ double add_rows_gradient(const LinearShape& shape, const Batch<T>& batch, std::s
   for (; begin < end; begin += block_rows) {
     const std::size_t rows = std::min(block_rows, end - begin);
     const T* x = batch.x + (batch.index ? 0 : begin * batch.x_stride);
-    const T* target = batch.target ? batch.target + (batch.index ? 0 : begin * out) : nullptr;
+    const T* target = batch.target + (batch.index ? 0 : begin * out);
     std::size_t x_stride = batch.x_stride;
     if (batch.index) {
-      gather_rows(batch, begin, rows, begin + rows < end ? begin + rows : next, in, out, gathered, target ? targets : nullptr);
+      gather_rows(batch, begin, rows, begin + rows < end ? begin + rows : next, in, out, gathered, targets);
       x = gathered;
       x_stride = in;
-      if (target) target = targets;
-    }
-    if (!target) {
-      std::fill_n(targets, rows * out, T(0));
       target = targets;
     }
     Product<T> p{rows, out, in, {x, x_stride, 1}, {parameters, 1, in}};

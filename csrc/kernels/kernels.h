@@ -75,6 +75,9 @@ struct LinearRun {
   T* parameters;          // [in_features + has_bias], in place
   T* momentum;            // the same, or null without momentum
   double* loss;           // the sums of squared errors are added
+
+  // Of an extended row (see KernelTable::extend_rows): features, 1 where there is a bias, target.
+  constexpr size_t vectors(size_t lanes) const { return (in_features + has_bias + 1 + lanes - 1) / lanes; }
 };
 
 // Keys of one pseudo-random order: a bijection of the numbers below 2^bits.
@@ -168,8 +171,8 @@ struct KernelTable {
   size_t run_features;
   size_t (*linear_run)(const LinearRun<T>& run);
 
-  // extended[rows][whole vectors] = (features, 1 if there is a bias, target, zeros) of the rows of a run, whose index is left aside. The
-  // steps of a run that is given them have the same bits.
+  // extended[rows][run.vectors(lanes) vectors] = (features, 1 if there is a bias, target, zeros) of the rows of a run, whose index is left
+  // aside. The steps of a run that is given them have the same bits.
   void (*extend_rows)(const LinearRun<T>& run, T* extended);
 
   // Squared error over n elements: the sum; each term; scale * the gradient with respect to the output, scale * 2 (output - target),
@@ -177,7 +180,7 @@ struct KernelTable {
   //
   // Here and below, `nontemporal` results bypass the caches: for an output of its own that they could not keep.
   double (*squared_error_sum)(size_t n, const T* output, const T* target);
-  void (*squared_error_terms)(size_t n, const T* output, const T* target, T* terms, bool nontemporal);
+  void (*squared_error_terms)(size_t n, const T* output, const T* target, T* terms);
   void (*squared_error_gradient)(size_t n, const T* output, const T* target, T scale, T* gradient, bool nontemporal);
 
   // y[rows, cols] = the activation of x, which y may be (none: nothing is written); an element's bits depend on its value alone.

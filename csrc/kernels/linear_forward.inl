@@ -63,18 +63,24 @@ __attribute__((noinline)) size_t forward_of_long_rows(size_t rows, size_t in_fea
   return o;
 }
 
+// One row's accumulator vector. Ahead: asks for what lies `ahead` elements further on.
+template <bool Ahead, class T>
+inline Vector<T> products_of_row(const T* row, size_t in_features, size_t ahead, const T* weight) {
+  Vector<T> sum = zero<T>();
+  each_vector<T>(in_features, [&](size_t j, size_t count) __attribute__((always_inline)) {
+    if (Ahead) __builtin_prefetch(row + j + ahead, 0, 2);
+    sum = fma(load_up_to(row + j, count), load_up_to(weight + j, count), sum);
+  });
+  return sum;
+}
+
 // The same row by row.
 template <class T>
 __attribute__((noinline)) void forward_of_few_rows(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride,
                                                    const T* weight, const T* bias, T* y) {
   for (size_t r = 0; r < rows; ++r)
     for (size_t o = 0; o < out_features; ++o) {
-      const T *const row = x + r * x_stride, *const weights = weight + o * in_features;
-      Vector<T> sum = zero<T>();
-      each_vector<T>(in_features, [&](size_t j, size_t count) __attribute__((always_inline)) {
-        sum = fma(load_up_to(row + j, count), load_up_to(weights + j, count), sum);
-      });
-      const T output = sum_lanes<T>(sum);
+      const T output = sum_lanes<T>(products_of_row<false>(x + r * x_stride, in_features, 0, weight + o * in_features));
       y[r * out_features + o] = bias ? output + bias[o] : output;
     }
 }
@@ -87,19 +93,12 @@ inline bool better_in_order(size_t in_features) {
   return in_features * sizeof(T) >= 128 && in_features * sizeof(T) < 4096;
 }
 
-// The same as group_dot, row by row. Asks for what lies `ahead` elements further on.
+// The same as group_dot, row by row.
 template <class T>
 __attribute__((noinline)) Vector<T> dots_in_order(const T* const* row, size_t in_features, size_t ahead, const T* weight) {
   constexpr int w = (int)lanes<T>;
   Vector<T> sum[w];
-  for (int l = 0; l < w; ++l) {
-    Vector<T> products = zero<T>();
-    each_vector<T>(in_features, [&](size_t j, size_t count) __attribute__((always_inline)) {
-      __builtin_prefetch(row[l] + j + ahead, 0, 2);
-      products = fma(load_up_to(row[l] + j, count), load_up_to(weight + j, count), products);
-    });
-    sum[l] = products;
-  }
+  for (int l = 0; l < w; ++l) sum[l] = products_of_row<true>(row[l], in_features, ahead, weight);
   return sum_each<0, w>([&](int l) { return sum[l]; });
 }
 
@@ -115,7 +114,7 @@ void linear_forward(size_t rows, size_t in_features, size_t out_features, const 
   const size_t made = is_long ? forward_of_long_rows(rows, in_features, out_features, x, x_stride, weight, bias, y) : 0;
   if (made == out_features) return;
   const bool in_order = from_memory && made == 0 && better_in_order<T>(in_features);
-  const size_t ahead = ((16 << 10) / (in_features * sizeof(T) + 1) + 1) * x_stride;  // lines of later pages, as in elements_ahead
+  const size_t ahead = elements_ahead<T>(in_features, x_stride);
   Block<T> group;
   for (size_t first = 0; first < rows; first += w) {
     const size_t present = rows - first < w ? rows - first : w;

@@ -7,6 +7,7 @@
 namespace gdlib {
 namespace {
 
+// Of an extended row: beside them the registers hold the parameters, and the sums of the gradient in four chains: 24 of 32.
 constexpr int most_run_vectors = 4;
 
 // How the extended row lies over `Vectors` vectors: the features, a one (without bias: left out), and in the last vector the target.
@@ -71,7 +72,7 @@ size_t linear_run_of(const LinearRun<T>& run) {
       lr[v][l] = -options.lr;
     }
   }
-  const Vector<T> momentum = broadcast(options.momentum), fresh = broadcast(T(1) - options.dampening);
+  const SgdMomentum<T> with_momentum(options);
   bool first_step = run.first_step;
 
   size_t steps = 0;
@@ -139,18 +140,14 @@ size_t linear_run_of(const LinearRun<T>& run) {
     const T sum = sum_lanes<T>(loss);
     if (!(sum - sum == T(0))) break;  // NaN or infinite: this step is not made
     *run.loss += (double)sum;
-    const T scale = (options.maximize ? T(-2) : T(2)) * (run.mean ? T(1.0 / (double)rows) : T(1));
-    const Vector<T> scales = broadcast(scale);
+    const Vector<T> scale = broadcast(SquaredError::gradient(options.maximize ? T(-1) : T(1)) * (run.mean ? T(1.0 / (double)rows) : T(1)));
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       Vector<T> total = zero<T>();
 #pragma GCC unroll 4
       for (int c = 0; c < chains; c += 2) total += gradient[c][v] + gradient[c + 1][v];
-      Vector<T> d = fma(decay[v], theta[v], scales * total);
-      if (run.momentum) {
-        buffer[v] = first_step ? d : fma(momentum, buffer[v], fresh * d);
-        d = options.nesterov ? fma(momentum, buffer[v], d) : buffer[v];
-      }
+      Vector<T> d = fma(decay[v], theta[v], scale * total);
+      if (run.momentum) d = with_momentum(d, first_step, buffer[v]);
       theta[v] = lr[v] != zero<T>() ? fma(lr[v], d, theta[v]) : theta[v];  // d of the others need not be finite
     }
     first_step = false;
@@ -166,14 +163,14 @@ size_t linear_run_of(const LinearRun<T>& run) {
 template <class T, int Vectors = 1>
 void extend_rows(const LinearRun<T>& run, T* extended) {
   if constexpr (Vectors < most_run_vectors)
-    if (run.in_features + run.has_bias >= Vectors * lanes<T>) return extend_rows<T, Vectors + 1>(run, extended);
+    if (run.vectors(lanes<T>) > Vectors) return extend_rows<T, Vectors + 1>(run, extended);
   extend_rows_of<T, Vectors>(run, extended);
 }
 
 template <class T, int Vectors = 1>
 size_t linear_run(const LinearRun<T>& run) {
   if constexpr (Vectors < most_run_vectors)
-    if (run.in_features + run.has_bias >= Vectors * lanes<T>) return linear_run<T, Vectors + 1>(run);
+    if (run.vectors(lanes<T>) > Vectors) return linear_run<T, Vectors + 1>(run);
   if (run.extended) return run.index ? linear_run_of<T, Vectors, true, true>(run) : linear_run_of<T, Vectors, false, true>(run);
   return run.index ? linear_run_of<T, Vectors, true, false>(run) : linear_run_of<T, Vectors, false, false>(run);
 }

@@ -201,25 +201,18 @@ inline size_t vectors_of(const LinearStep<T>& s) {
 }
 
 // Rows from memory, one behind the other: to read them once and just so keeps more lines on their way, by the processor's prefetching,
-// than it takes requests for single ones (25 to 28 GB/s for a core of AMD's Zen 4, before 20). Shuffled rows are better asked for a block
+// than requests for single ones do (25 to 28 GB/s for a core of AMD's Zen 4, with requests 20). Shuffled rows are better asked for a block
 // at a time.
 template <class T>
 inline bool reads_in_order(const LinearStep<T>& s) {
   return s.prefetch && !s.index && s.in_features > 0 && s.in_features * sizeof(T) <= most_turn_bytes;
 }
 
-// That prefetching ends with each page: lines of later ones are asked for, 16 KiB ahead and more (4 KiB ahead gives 18 GB/s, 2 KiB 15).
-// Rows in registers gain 6 % (100 features, two threads) to 40 % (8 features) by it on Zen 3; from L3 there up to 8 % are lost.
-template <class T>
-inline size_t elements_ahead(const LinearStep<T>& s) {
-  return (2 * most_turn_bytes / (s.in_features * sizeof(T)) + 1) * s.x_stride;
-}
-
 // Visits in turns from row `first` on, of N steps with the same weights at once, while all have equally many rows left for a block. Adds to
 // their losses; returns the first row that is left.
 template <int N, class T>
 size_t visit_in_turns(const LinearStep<T>* const (&s)[N], size_t first, double* losses) {
-  const size_t in = s[0]->in_features, block_rows = Block<T>::rows_for(in), ahead = elements_ahead(*s[0]);
+  const size_t in = s[0]->in_features, block_rows = Block<T>::rows_for(in), ahead = elements_ahead<T>(in, s[0]->x_stride);
   Block<T> block[N];
   for (;; first += block_rows) {
     size_t count[N];
@@ -262,7 +255,7 @@ double linear_step(const LinearStep<T>& s) {
     visit_in_turns({&s}, 0, &loss);
     return loss;
   }
-  const size_t ahead_in_order = in_order ? elements_ahead(s) : 0;
+  const size_t ahead_in_order = in_order ? elements_ahead<T>(in, s.x_stride) : 0;
   Block<T> blocks[2];
   Block<T>*block = &blocks[0], *next = &blocks[1];
   block->gather(s.x, s.x_stride, s.index, 0, count_from(0, s.rows));

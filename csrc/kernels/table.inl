@@ -5,12 +5,12 @@
 #include "activations.inl"
 #include "gemm.inl"
 #include "losses.inl"
+#include "vectors.inl"
 #include "linear.inl"
 #include "linear_forward.inl"
 #include "linear_step.inl"
 #include "linear_run.inl"
 #include "shuffle.inl"
-#include "vectors.inl"
 
 namespace gdlib {
 namespace {

@@ -3,17 +3,32 @@
 namespace gdlib {
 namespace {
 
-// d = scale * gradient (negated to maximize) + weight_decay * parameter
+// PyTorch's rule, the scaled gradient negated to maximize:
+//
+// d = scale * gradient + weight_decay * parameter
 // buffer = d on the first step, else momentum * buffer + (1 - dampening) * d
 // parameter -= lr * (nesterov ? d + momentum * buffer : buffer), without momentum lr * d
+template <class T>
+struct SgdMomentum {
+  Vector<T> momentum, fresh;
+  bool nesterov;
+
+  explicit SgdMomentum(const SgdOptions<T>& options)
+      : momentum(broadcast(options.momentum)), fresh(broadcast(T(1) - options.dampening)), nesterov(options.nesterov) {}
+
+  // What lr is multiplied by; the buffer takes its step.
+  Vector<T> operator()(Vector<T> d, bool first_step, Vector<T>& buffer) const {
+    buffer = first_step ? d : fma(momentum, buffer, fresh * d);
+    return nesterov ? fma(momentum, buffer, d) : buffer;
+  }
+};
+
 template <class T, bool HasMomentum>
 bool sgd_update_with(const SgdUpdate<T>& u) {
   const SgdOptions<T>& options = u.options;
   const Vector<T> scale = broadcast(options.maximize ? -u.gradient_scale : u.gradient_scale);
-  const Vector<T> decay = broadcast(options.weight_decay);
-  const Vector<T> lr = broadcast(-options.lr);
-  const Vector<T> momentum = broadcast(options.momentum);
-  const Vector<T> fresh = broadcast(T(1) - options.dampening);
+  const Vector<T> decay = broadcast(options.weight_decay), lr = broadcast(-options.lr);
+  const SgdMomentum<T> with_momentum(options);
   // 0 times each updated parameter: NaN from the first that is not finite on. Two chains, so that an addition is not waited for.
   Vector<T> zeros[2] = {zero<T>(), zero<T>()};
   for (size_t r = 0; r < u.rows; ++r) {
@@ -25,9 +40,9 @@ bool sgd_update_with(const SgdUpdate<T>& u) {
       const Vector<T> p = load_up_to(parameter + i, count);
       Vector<T> d = fma(decay, p, scale * load_up_to(gradient + i, count));
       if constexpr (HasMomentum) {
-        const Vector<T> moved = u.first_step ? d : fma(momentum, load_up_to(buffer + i, count), fresh * d);
+        Vector<T> moved = load_up_to(buffer + i, count);
+        d = with_momentum(d, u.first_step, moved);
         store_up_to(buffer + i, moved, count);
-        d = options.nesterov ? fma(momentum, moved, d) : moved;
       }
       const Vector<T> updated = fma(lr, d, p);
       store_up_to(parameter + i, updated, count);

@@ -10,16 +10,17 @@ from tests.kernels.sweep import past_l3
 
 THREADS = range(1, 9)
 
-# (rows, in_features, out_features). A product has panels of up to 3 vectors and strips of up to 8 rows; a block of depth ends at 4 KiB of a
-# row, or where two panels fill half of L2; columns of A are laid out anew where its rows are a page or a multiple of 1 KiB apart, and with
-# AVX2 and scalar kernels where several blocks of panels read them from beyond L2; there 256 strips of a task's rows meet larger blocks of
-# B. Up to 8 rows with AVX-512, and 4 elsewhere, transpose weights in registers. Up to 12 rows, or 8 of a B whose rows are a multiple of a
-# page apart, products of up to 8 steps, and of up to 64 with a small B, are computed by whole rows in blocks of 16 KiB, of 8, 16 or 64
-# steps, but where columns of A are a page apart. Work for threads begins at about 40,000 cycles; the rows of a gradient are cut after
-# 16,384. With fewer than 8 outputs a task has 512 KiB of x, at least 64 rows, and as many long rows as a vector has lanes, which fill 16
-# KiB together, are read for 4 and for 2 outputs at once. In a gradient, rows are the depth and in_features the columns; with fewer than 4
-# outputs, four rows are read at a time, and 2 KiB of their features. Sums over rows of more than 1 KiB read eight rows at a time, and
-# threads share the columns of 1 MB and more.
+# (rows, in_features, out_features). A product has panels of up to 3 vectors and strips of up to 8 rows; a block of depth ends at 4 KiB of
+# a row, or where two panels fill half of L2; columns of A are laid out anew where its rows are a page or a multiple of 1 KiB apart, and
+# with AVX2 and scalar kernels where several blocks of panels read them from beyond L2; there 256 strips of a task's rows meet larger
+# blocks of B. A small B whose rows do not begin with lines is copied from 9 strips on there, others from 3 or 65 on. Up to 8 rows with
+# AVX-512, and 4 elsewhere, transpose weights in registers. Up to 12 rows, or 8 of a B whose rows are a multiple of a page apart, products
+# of up to 8 steps, and of up to 64 with a small B, are computed by whole rows in blocks of 16 KiB, of 8, 16 or 64 steps, but where
+# columns of A are a page apart. Work for threads begins at 60,000 cycles, or at 400,000 if they sleep; the rows of a gradient are cut
+# after 16,384. With fewer than 8 outputs a task has 512 KiB of x, at least 64 rows, and as many long rows as a vector has lanes, which
+# fill 16 KiB together, are read for 4 and for 2 outputs at once. In a gradient, rows are the depth and in_features the columns; with
+# fewer than 4 outputs, four rows are read at a time, and 2 KiB of their features. Sums over rows of more than 1 KiB read eight rows at a
+# time, and threads share the columns of 1 MB and more.
 SHAPES = [
     (95, 255, 9),
     (96, 256, 8),

@@ -90,8 +90,12 @@ class Fuzzer:
 
     def _through_app(self, app: App, case: Case) -> tuple[int, str]:
         started: list[Any] = []
+
+        def start(status: str, headers: list[tuple[str, str]], _: object = None) -> Any:
+            started.extend((status, dict(headers)))
+
         environ = environ_of(case)
-        body = b"".join(app(environ, lambda status, headers: started.extend((status, dict(headers)))))  # type: ignore[arg-type,return-value]
+        body = b"".join(app(environ, start))
         status, headers = int(started[0][:3]), started[1]
         assert headers["Content-Length"] == str(len(body))
         if "Content-Encoding" in headers:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import orjson
@@ -71,7 +71,11 @@ class TestOutputs:
 
 
 class TestEncode:
-    ARRAYS = {"y": np.array([[1.5, NAN]], np.float32), "z": tensors.of_objects([b"a", "é".encode()]), "i": np.array([2**63], np.uint64)}  # noqa: RUF012
+    ARRAYS: ClassVar = {
+        "y": np.array([[1.5, NAN]], np.float32),
+        "z": tensors.of_objects([b"a", "é".encode()]),
+        "i": np.array([2**63], np.uint64),
+    }
 
     def test_json(self) -> None:
         body, length = encode("house", "3", self.ARRAYS, [("i", False), ("y", False), ("z", False)], "x7")
