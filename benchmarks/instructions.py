@@ -103,6 +103,7 @@ def works() -> dict[str, Work]:
         "fit, SGD: an epoch of 10,000 x 10, batch 32, shuffled": training(
             10, line, array(10_000, 10), 1, gdlib.SGD(line.parameters(), lr=0.01), batch_size=32
         ),
+        "fit, GD: a step on 4,096 x 8": training(40, short, array(4096, 8), 1, gdlib.GD(short.parameters(), lr=0.1), shuffle=False),
         "fit, GD: a step on 16,384 x 8": training(10, short, array(16_384, 8), 1, gdlib.GD(short.parameters(), lr=0.1), shuffle=False),
         "fit, GD: a step on 4,096 x 100": training(40, plane, array(4096, 100), 1, gdlib.GD(plane.parameters(), lr=0.1), shuffle=False),
         "fit, GD: a step on 1,024 x 1,000": training(40, wide, array(1024, 1000), 1, gdlib.GD(wide.parameters(), lr=0.01), shuffle=False),

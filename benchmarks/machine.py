@@ -27,6 +27,7 @@ SOURCE = r"""
 #include <cstdint>
 #include <functional>
 #include <thread>
+#include <utility>
 #include <vector>
 #if defined(__AVX512F__)  // bytes of a vector; independent chains: enough to hide the latency of all units, few enough for the registers
 constexpr int kBytes = 64, kChains = 24;
@@ -37,7 +38,7 @@ constexpr int kBytes = 16, kChains = 24;
 #endif
 static volatile std::uint64_t sink;
 
-// Threads that wait awake, each on a core of its own before the clock starts: what starting and moving them costs is no limit.
+// Threads that wait awake, and have been spread over the cores before the clock starts: what starting and moving them costs is no limit.
 class Team {
  public:
   explicit Team(int threads) {

@@ -43,8 +43,8 @@ constexpr double cycles_to_pack = 0.25, cycles_to_pack_shared = 0.5;
 // pieces cost: at 2,048^3 on a Zen 5, 4 for each thread reach 460 GFLOP/s, 2 reach 500 and 1 reaches 510.
 constexpr double cycles_of_task = 8'000'000;
 
-// Panels whose blocks of C stand together where C is not kept, so that its visitor reads them from L2 in rows of several lines: with AVX-512
-// of 768 bytes, 48 KiB in all.
+// Panels whose blocks of C stand together where C is not kept, so that its visitor reads them from L2 in rows of several lines: with
+// AVX-512 of 768 bytes, 48 KiB in all.
 constexpr std::size_t panels_to_finish = 4;
 
 constexpr std::size_t most_panels = 64;  // of a block: their descriptions lie on the stack
@@ -163,8 +163,8 @@ class Multiplication {
     const std::size_t pieces = whole / static_cast<double>(threads) < cycles_of_task ? threads : 2 * threads;
     // The columns of a layer's product are its outputs, as the rows of its weight gradient are: cut alike, the weights of an output are
     // updated by the thread that reads them in the next forward product, and stay in its cache. Where they do not fit, what is packed
-    // decides: gradients of 0.5 to 17 million weights are 1.00 to 1.08 times as fast so (up to 1.18 in float64). This count leaves out
-    // where weights come from: a cut into columns is to gain 3 % by it.
+    // decides: gradients of 0.5 to 17 million weights are 1.00 to 1.08 times as fast so (up to 1.18 in float64). A cut into columns is
+    // preferred where it takes 3 % less by this count, which leaves out where weights come from.
     const bool stays = p_.rows * p_.cols * sizeof(T) <= threads * l2_bytes();
     const double cut_in_rows = p_.a.col_stride == 1 || !stays ? 1.0 : 0.97;
     double least = whole;

@@ -279,7 +279,7 @@ Team& the_team() {
 constexpr double cost_of_sharing_untried = 15'000;
 constexpr double cost_of_waking = 100'000;  // half of the 50 us until one that sleeps does: the caller works meanwhile
 
-// Whether the team's threads may be awake still. Who asks again soon has them woken: within some times as long as they spin for more.
+// Whether the team's threads may be awake still. Who asks again soon, within five times what they spin for, has them woken.
 bool awake() {
   using Clock = std::chrono::steady_clock;
   constexpr std::chrono::milliseconds soon{1};

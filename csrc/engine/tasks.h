@@ -13,7 +13,7 @@
 namespace gdlib {
 
 // The longest chain of additions in T over the rows of a gradient: longer ones would lose small terms in a large sum, so that their sums
-// meet in double. Rounding grows with the root of the length where errors are independent: 2^7 * 2^-24, 1e-5 of the terms' size.
+// meet in double. Rounding grows with the root of the length where errors are independent: 2^7 * 2^-24, 1e-5 of the sum.
 constexpr std::size_t most_chain = 1 << 14;
 
 // The pieces of a batch on few outputs, which are as many, meet in T.

@@ -96,16 +96,19 @@ class StepUpdate {
 template <class T>
 class ManySteps {
  public:
-  // A batch that is cut into pieces, and long enough for threads to share them, is left to linear_squared_error_gradient, where one thread
-  // takes up to 1.8 times as long (2 to 40 features, 1,024 to 12,800 rows, AVX-512). So is any that is cut where rows come from memory: two
-  // threads read those that an index scatters almost twice as fast. Sizes alone decide, so that no order of the rows changes a bit.
+  // A larger batch has the threads and the blocks of linear_squared_error_gradient. So has one that is cut into pieces: from rows of 200
+  // bytes on the two ways are about as fast, and rows that are scattered over memory are read by two threads almost twice as fast. Rows of
+  // less than a line are taken up to where threads begin to share their arithmetic: a visit takes one thread up to 1.8 times as long (2 and
+  // 10 features, 1,500 to 6,400 rows), and two threads as long, but for rows that are scattered over memory (0.8 times). The batch and the
+  // features alone decide, so that neither the size nor the order of the data shows in the bits.
   explicit ManySteps(Round<T>& round) : round_(round) {
+    constexpr std::size_t most_batch = 1024, least_cut_row = 200, line = 64;
     const Network& network = round.network;
-    const std::size_t in = network.in_features(), batch_rows = round.batch_size;
-    const bool cut = rows_per_piece(batch_rows, in, 1, sizeof(T)) < batch_rows;
-    const bool shared = cut && (copy_bytes() > most_bytes || cycles_of(batch_rows, in, 1) >= least_shared_cycles);
-    possible_ = network.is_lone_linear() && network.out_features() == 1 && in <= table<T>().run_features && !shared &&
-                batch_rows <= most_chain && round.ranges.size() == 1 && round.ranges[0].begin == 0 &&
+    const std::size_t in = network.in_features(), row_bytes = in * sizeof(T), rows = round.batch_size;
+    const bool cut = row_bytes >= least_cut_row && rows_per_piece(rows, in, 1, sizeof(T)) < rows;
+    const bool short_rows = row_bytes < line && rows <= most_chain && cycles_of(rows, in, 1) < least_shared_cycles;
+    possible_ = network.is_lone_linear() && network.out_features() == 1 && in <= table<T>().run_features && !cut &&
+                (rows <= most_batch || short_rows) && round.ranges.size() == 1 && round.ranges[0].begin == 0 &&
                 round.ranges[0].end == network.parameters();
     if (possible_) extend_rows_read_often();
   }
@@ -145,24 +148,22 @@ class ManySteps {
     return run;
   }
 
-  static constexpr std::size_t most_bytes = 4 << 20;  // of a copy of the rows: a core's share of the caches
-
   std::size_t extended_width() const {
-    const std::size_t lanes = table<T>().lanes;
-    return run_of(round_.x, round_.target, round_.rows).vectors(lanes) * lanes;
+    const LinearShape shape = round_.network.linear_shape();
+    return extended_vectors(shape.in_features, shape.has_bias, table<T>().lanes) * table<T>().lanes;
   }
 
-  std::size_t copy_bytes() const { return round_.rows * extended_width() * sizeof(T); }
-
   // What an epoch gains is about what it costs to extend the rows once, but nothing in batches of a group of rows, whose steps wait for
-  // each other (3 epochs in order took 1.2 times as long). A larger copy gains less, and memory is the user's.
+  // each other (3 epochs in order took 1.2 times as long). A copy beyond a core's share of the caches gains less, and memory is the user's.
   void extend_rows_read_often() {
     constexpr std::uint64_t least_epochs = 3;
+    constexpr std::size_t most_bytes = 4 << 20;
     const std::uint64_t steps = round_.last_step - round_.first_step;
     const std::uint64_t steps_per_epoch = (round_.rows + round_.batch_size - 1) / round_.batch_size;
-    if (round_.batch_size < 2 * table<T>().lanes || steps < least_epochs * steps_per_epoch || copy_bytes() > most_bytes) return;
+    const std::size_t elements = round_.rows * extended_width();
+    if (round_.batch_size < 2 * table<T>().lanes || steps < least_epochs * steps_per_epoch || elements * sizeof(T) > most_bytes) return;
     try {
-      extended_.resize(copy_bytes() / sizeof(T));
+      extended_.resize(elements);
     } catch (const std::bad_alloc&) {
       return;  // the rows are there in any case
     }

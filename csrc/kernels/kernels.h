@@ -75,10 +75,13 @@ struct LinearRun {
   T* parameters;          // [in_features + has_bias], in place
   T* momentum;            // the same, or null without momentum
   double* loss;           // the sums of squared errors are added
-
-  // Of an extended row (see KernelTable::extend_rows): features, 1 where there is a bias, target.
-  constexpr size_t vectors(size_t lanes) const { return (in_features + has_bias + 1 + lanes - 1) / lanes; }
 };
+
+// Of an extended row (see KernelTable::extend_rows): features, 1 where there is a bias, target. Static, as code for one ISA must not serve
+// the others.
+static constexpr size_t extended_vectors(size_t in_features, bool has_bias, size_t lanes) {
+  return (in_features + has_bias + 1 + lanes - 1) / lanes;
+}
 
 // Keys of one pseudo-random order: a bijection of the numbers below 2^bits.
 struct ShuffleKeys {
@@ -171,8 +174,8 @@ struct KernelTable {
   size_t run_features;
   size_t (*linear_run)(const LinearRun<T>& run);
 
-  // extended[rows][run.vectors(lanes) vectors] = (features, 1 if there is a bias, target, zeros) of the rows of a run, whose index is left
-  // aside. The steps of a run that is given them have the same bits.
+  // extended[rows][extended_vectors] = (features, 1 if there is a bias, target, zeros) of the rows of a run, whose index is left aside. The
+  // steps of a run that is given them have the same bits.
   void (*extend_rows)(const LinearRun<T>& run, T* extended);
 
   // Squared error over n elements: the sum; each term; scale * the gradient with respect to the output, scale * 2 (output - target),

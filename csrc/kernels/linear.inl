@@ -41,7 +41,7 @@ struct Block {
 // on Zen 3; from L3 there up to 8 % are lost.
 template <class T>
 inline size_t elements_ahead(size_t in_features, size_t x_stride) {
-  return ((16 << 10) / (in_features * sizeof(T) + 1) + 1) * x_stride;  // + 1: where there are no features
+  return ((16 << 10) / ((in_features > 0 ? in_features : 1) * sizeof(T)) + 1) * x_stride;
 }
 
 // Lane l of the result: row[l] . weight, one accumulator vector for each row.
@@ -126,7 +126,7 @@ inline void block_gradient_part_of(size_t vectors, const Block<T>& block, const 
 template <bool Ahead, class T>
 inline void block_gradient(const Block<T>& block, const Block<T>& next, size_t in_features, bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
-  constexpr size_t most = 4;
+  constexpr size_t most = 4;  // at a time: as many sums as an addition takes cycles
   const size_t vectors = (in_features + w - 1) / w;
   const int chains = chains_for<T>(vectors);
   for (size_t first = 0, count; first < vectors; first += count) {
@@ -187,7 +187,7 @@ template <class T>
 void linear_gradient(size_t rows, size_t in_features, size_t out_features, const T* g, const T* x, size_t x_stride, T* weight_gradient,
                      T* bias_gradient) {
   constexpr size_t most = 3;  // outputs at a time: layers with more go through products
-  const bool one_chain = in_features > 3 * lanes<T>;
+  const bool one_chain = chains_for<T>((in_features + lanes<T> - 1) / lanes<T>) == 1;
   Block<T> block;
   T factor[most][Block<T>::most] __attribute__((aligned(lane_bytes)));
   const size_t block_rows = Block<T>::rows_for(in_features);

@@ -68,7 +68,7 @@ template <bool Ahead, class T>
 inline Vector<T> products_of_row(const T* row, size_t in_features, size_t ahead, const T* weight) {
   Vector<T> sum = zero<T>();
   each_vector<T>(in_features, [&](size_t j, size_t count) __attribute__((always_inline)) {
-    if (Ahead) __builtin_prefetch(row + j + ahead, 0, 2);
+    if constexpr (Ahead) __builtin_prefetch(row + j + ahead, 0, 2);
     sum = fma(load_up_to(row + j, count), load_up_to(weight + j, count), sum);
   });
   return sum;

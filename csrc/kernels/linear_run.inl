@@ -7,7 +7,7 @@
 namespace gdlib {
 namespace {
 
-// Of an extended row: beside them the registers hold the parameters, and the sums of the gradient in four chains: 24 of 32.
+// Of an extended row: with the parameters and four chains of sums of the gradient they take 24 of 32 registers.
 constexpr int most_run_vectors = 4;
 
 // How the extended row lies over `Vectors` vectors: the features, a one (without bias: left out), and in the last vector the target.
@@ -163,14 +163,14 @@ size_t linear_run_of(const LinearRun<T>& run) {
 template <class T, int Vectors = 1>
 void extend_rows(const LinearRun<T>& run, T* extended) {
   if constexpr (Vectors < most_run_vectors)
-    if (run.vectors(lanes<T>) > Vectors) return extend_rows<T, Vectors + 1>(run, extended);
+    if (extended_vectors(run.in_features, run.has_bias, lanes<T>) > Vectors) return extend_rows<T, Vectors + 1>(run, extended);
   extend_rows_of<T, Vectors>(run, extended);
 }
 
 template <class T, int Vectors = 1>
 size_t linear_run(const LinearRun<T>& run) {
   if constexpr (Vectors < most_run_vectors)
-    if (run.vectors(lanes<T>) > Vectors) return linear_run<T, Vectors + 1>(run);
+    if (extended_vectors(run.in_features, run.has_bias, lanes<T>) > Vectors) return linear_run<T, Vectors + 1>(run);
   if (run.extended) return run.index ? linear_run_of<T, Vectors, true, true>(run) : linear_run_of<T, Vectors, false, true>(run);
   return run.index ? linear_run_of<T, Vectors, true, false>(run) : linear_run_of<T, Vectors, false, false>(run);
 }

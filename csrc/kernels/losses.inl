@@ -18,7 +18,7 @@ struct SquaredError {
 template <class T>
 double squared_error_sum(size_t n, const T* output, const T* target) {
   constexpr size_t w = lanes<T>;
-  constexpr size_t block = 64 * w;  // terms folded in T, 64 in a chain, before they enter the double sum: its cost is 1/64 of theirs
+  constexpr size_t block = 64 * w;  // terms folded in T, 64 in a chain, before they enter the double sum: it is little beside them
   double total = 0;
   for (size_t start = 0; start < n; start += block) {
     const size_t end = n - start < block ? n : start + block;

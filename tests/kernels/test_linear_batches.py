@@ -12,7 +12,7 @@ from tests.kernels.guarded import Guarded, poisoned, values
 SEEDS = (5, 6)
 LR = 0.01
 # (rows, in_features, out_features, batch_size): 2 to 8 pieces, equal and not, on few outputs and on more; none of 20 outputs, nor of few
-# features.
+# features up to 6,399 rows of 10.
 SHAPES = [
     (3000, 100, 1, 256),
     (2100, 130, 3, 300),
@@ -24,6 +24,10 @@ SHAPES = [
     (6000, 60, 1, 999),
     (6000, 26, 1, 999),
     (40, 5001, 1, 9),
+    (20000, 10, 1, 1025),
+    (13000, 10, 1, 6399),
+    (13000, 10, 1, 6400),
+    (70000, 2, 1, 16385),
 ]
 
 
@@ -83,11 +87,13 @@ def test_scattered_batches_give_the_bits_of_rows_that_lie_in_that_order(isa, dty
     assert [array.tobytes() for array in shuffled] == [array.tobytes() for array in lying]
 
 
-@pytest.mark.parametrize("shape", [(512, 50, 1), (300, 70, 1), (256, 130, 3), (200, 120, 9)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "shape", [(512, 50, 1), (300, 70, 1), (2000, 10, 1), (1000, 30, 1), (256, 130, 3), (200, 120, 9)], ids=lambda s: "x".join(map(str, s))
+)
 def test_the_size_of_the_data_set_does_not_show_in_the_bits(isa, dtype, shape):
     """Epochs of one batch, and one epoch of as many copies of it, which no cache is taken to hold."""
     rows, width, out = shape
-    copies = 2 + (1 << 20) // (rows * width * np.dtype(dtype).itemsize)
+    copies = 2 + (6 << 20) // (rows * width * np.dtype(dtype).itemsize)
     x, target, start = problem((rows, width, out, rows), dtype)
     results = []
     for tiled, epochs in ((1, copies), (copies, 1)):
