@@ -51,6 +51,17 @@ Array forward(const Layers& layers, const Array& x, const Array& parameters) {
   });
 }
 
+template <class T>
+Array predicted(Predictor<T>& predictor, const Array& x) {
+  const Rows<T> rows = read_rows<T>(x, "x");
+  const Network& network = predictor.network();
+  require_size(rows.cols, network.in_features(), "a row of x");
+  if (predictor.outdated()) throw py::value_error("the predictor was made for another kernel table.");
+  return filled<T>(rows, network.out_features(), rows.rows * network.parameters(), [&](T* y, Interrupt& interrupt) {
+    return predictor.forward(rows.rows, rows.data, rows.stride, y, interrupt);
+  });
+}
+
 // Of either dtype.
 class PyPredictor {
  public:
@@ -66,23 +77,10 @@ class PyPredictor {
   }
 
   Array call(const Array& x) {
-    return std::visit(
-        [&](const auto& predictor) -> Array { return call_with(*predictor, x); },
-        predictor_);
+    return std::visit([&](const auto& predictor) { return predicted(*predictor, x); }, predictor_);
   }
 
  private:
-  template <class T>
-  static Array call_with(Predictor<T>& predictor, const Array& x) {
-    const Rows<T> rows = read_rows<T>(x, "x");
-    const Network& network = predictor.network();
-    require_size(rows.cols, network.in_features(), "a row of x");
-    if (predictor.outdated()) throw py::value_error("the predictor was made for another kernel table.");
-    return filled<T>(rows, network.out_features(), rows.rows * network.parameters(), [&](T* y, Interrupt& interrupt) {
-      return predictor.forward(rows.rows, rows.data, rows.stride, y, interrupt);
-    });
-  }
-
   std::variant<std::unique_ptr<Predictor<float>>, std::unique_ptr<Predictor<double>>> predictor_;
 };
 
