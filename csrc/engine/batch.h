@@ -20,6 +20,7 @@ struct Batch {
   std::size_t rows_ahead;  // further rows behind these
   bool prefetch;           // the data set is larger than a core's caches
   bool from_memory;        // and than the one that cores share
+  bool by_requests = false;  // gains_by_requests(): in order from memory too
 
   bool scattered() const { return index && prefetch; }  // over memory
 };

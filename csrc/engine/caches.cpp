@@ -1,6 +1,9 @@
 #include "caches.h"
 
 #include <unistd.h>
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 
 #include <cstdio>
 #include <string>
@@ -51,6 +54,20 @@ std::size_t l2_bytes() {
 std::size_t l3_bytes() {
   static const std::size_t bytes = ask(3, level_3, 32 << 20);
   return bytes;
+}
+
+bool gains_by_requests() {
+#ifdef __x86_64__
+  static const bool gains = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ecx != signature_AMD_ecx) return false;
+    constexpr unsigned zen_5 = 0x1a;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ((eax >> 8) & 0xf) + ((eax >> 20) & 0xff) >= zen_5;  // the family, and its extension
+  }();
+  return gains;
+#else
+  return false;
+#endif
 }
 
 }  // namespace gdlib

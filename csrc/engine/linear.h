@@ -8,10 +8,7 @@
 
 namespace gdlib {
 
-// Below this, a vector of outputs would be mostly empty: rows are folded by kernels of their own instead of products of panels.
-constexpr std::size_t few_outputs = 8;
-
-// Below this, the same of gradients, whose products have rows and depths of outputs, not vectors.
+// As few_outputs, of gradients: their products have rows and depths of outputs, not vectors.
 constexpr std::size_t few_output_gradients = 4;
 
 // Up to this, vectors of inputs would be: their gradients are computed transposed, with vectors of outputs and of rows.

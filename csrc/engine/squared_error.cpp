@@ -38,6 +38,7 @@ double few_outputs_gradient(const LinearShape& shape, const Batch<T>& batch, con
     s.rows_ahead = known - s.next;
     s.prefetch = batch.prefetch;
     s.from_memory = batch.from_memory;
+    s.by_requests = batch.by_requests;
     s.in_features = shape.in_features;
     s.out_features = shape.out_features;
     s.weight = parameters;
@@ -190,7 +191,7 @@ double linear_hessian_eigenvalue(std::size_t rows, std::size_t in_features, cons
                                  Interrupt& interrupt) {
   const LinearShape shape{in_features, 1, has_bias};
   const std::size_t n = shape.parameters();
-  const Batch<T> all{x, x_stride, nullptr, nullptr, rows, 0, true, rows * in_features * sizeof(T) > l3_bytes()};
+  const Batch<T> all{x, x_stride, nullptr, nullptr, rows, 0, true, rows * in_features * sizeof(T) > l3_bytes(), gains_by_requests()};
   AlignedVector<T> direction(n), image(n);
   LinearScratch<T> scratch;
   // A start without a pattern, which no symmetry of the data makes orthogonal to the wanted direction.

@@ -19,12 +19,13 @@ constexpr std::size_t most_chain = 1 << 14;
 // The pieces of a batch on few outputs, which are as many, meet in T.
 constexpr std::size_t most_pieces = 8;
 
-// Rows of one task: about 512 KiB, so that handing it out (under 1 us) does not count and its gradient stays in cache; at least 64 for
-// each output, so that the tasks' gradients together stay under 1/64 of x.
+// Rows of one task: about 512 KiB, so that handing it out (under 1 us) does not count and its gradient stays in cache. A task's gradient is
+// fetched to be written, written and read again, which for 64 rows costs 1/20 of reading them: at least 64 for each output where they are
+// many; where they are few, long rows make up tasks of 2 MiB, but no more than 256 rows and at least 64.
 inline std::size_t rows_per_task(std::size_t in_features, std::size_t out_features, std::size_t element_bytes) {
   constexpr std::size_t task_bytes = 512 << 10;
   const std::size_t rows = task_bytes / std::max<std::size_t>(1, in_features * element_bytes);
-  if (out_features < few_outputs) return std::max<std::size_t>(64, rows / 64 * 64);
+  if (out_features < few_outputs) return std::max<std::size_t>({64, rows / 64 * 64, std::min<std::size_t>(256, 4 * rows / 64 * 64)});
   return std::min(most_chain, std::max<std::size_t>(64 * out_features, rows / 64 * 64));
 }
 

@@ -35,7 +35,8 @@ class RowSource {
     const std::size_t begin = number * round_.batch_size;
     const std::size_t rows = std::min<std::size_t>(count * round_.batch_size, round_.rows - begin);
     const std::size_t behind = round_.rows - begin - rows;
-    Batch<T> batch{round_.x, round_.x_stride, round_.target, nullptr, rows, behind, prefetch(), bytes_ > l3_bytes()};
+    Batch<T> batch{round_.x, round_.x_stride, round_.target, nullptr, rows, behind, prefetch(), bytes_ > l3_bytes(),
+                   gains_by_requests()};
     if (round_.epoch_seeds) {
       batch.index = order_.data() + begin;
     } else {

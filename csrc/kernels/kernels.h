@@ -10,6 +10,9 @@
 
 namespace gdlib {
 
+// Below this, a vector of outputs would be mostly empty: rows are folded by kernels of their own instead of products of panels.
+constexpr size_t few_outputs = 8;
+
 // Hyperparameters of one stochastic-gradient-descent update, with PyTorch's meaning.
 template <class T>
 struct SgdOptions {
@@ -36,7 +39,7 @@ struct SgdUpdate {
   size_t stride;
 };
 
-// A visit to `rows` rows, at least one, of a linear layer with a squared-error loss: see KernelTable::linear_step.
+// A visit to `rows` rows, at least one, of a linear layer with few outputs and a squared-error loss: see KernelTable::linear_step.
 template <class T>
 struct LinearStep {
   const T* x;             // [*, in_features], rows `x_stride` apart
@@ -47,6 +50,7 @@ struct LinearStep {
   size_t rows_ahead;      // how many these are
   bool prefetch;          // x is larger than a core's caches: see to it that the next rows are fetched while these are in work
   bool from_memory;       // and than the one that cores share
+  bool by_requests;       // rows in order from memory are asked for too, as scattered ones are
   size_t in_features;
   size_t out_features;
   const T* weight;        // [out_features, in_features]

@@ -73,6 +73,15 @@ constexpr int chains_for(size_t vectors) {
   return vectors == 1 && lanes<T> >= 4 ? 4 : vectors < 4 ? 2 : 1;
 }
 
+// The rows whose sums for one output begin at zero, and are added to its gradient in the end: a block, or several, which hand the sums on.
+template <class T>
+struct Section {
+  bool begins, ends;  // with this block
+  bool accumulate;    // else the gradient is overwritten
+  T* sums;            // [in_features, in whole vectors] what blocks hand on; not touched by one that begins and ends
+  T* gradient;
+};
+
 // gradient[vectors] (+)= the sums over their chains; of the last vector `tail` lanes.
 template <bool Tail, int Vectors, int Chains, class T>
 inline void add_chains(Vector<T> (&sum)[Chains][Vectors], size_t tail, bool accumulate, T* gradient) {
@@ -88,14 +97,15 @@ inline void add_chains(Vector<T> (&sum)[Chains][Vectors], size_t tail, bool accu
   }
 }
 
-// gradient[Vectors vectors] (+)= sum over the block of factor * row, from feature j on; of the last vector `tail` lanes.
+// gradient[Vectors vectors] (+)= sum over the section of factor * row, from feature j on; of the last vector `tail` lanes. One of several
+// blocks has one chain.
 // Ahead: asks for the same features of the next block meanwhile, so that the memory is busy while the arithmetic is in the cache.
 template <int Vectors, int Chains, bool Tail, bool Ahead, class T>
-inline void block_gradient_part(const Block<T>& block, const Block<T>& next, size_t j, size_t tail, bool accumulate, T* gradient) {
+inline void block_gradient_part(const Block<T>& block, const Block<T>& next, size_t j, size_t tail, const Section<T>& section) {
   constexpr size_t w = lanes<T>;
   Vector<T> sum[Chains][Vectors];
   for (int c = 0; c < Chains; ++c)
-    for (int v = 0; v < Vectors; ++v) sum[c][v] = zero<T>();
+    for (int v = 0; v < Vectors; ++v) sum[c][v] = Chains > 1 || section.begins ? zero<T>() : load(section.sums + j + v * w);
   for (size_t l = 0; l < block.present; l += Chains)
 #pragma GCC unroll 4
     for (int c = 0; c < Chains; ++c) {
@@ -109,22 +119,23 @@ inline void block_gradient_part(const Block<T>& block, const Block<T>& next, siz
       for (int v = 0; v < Vectors; ++v)
         sum[c][v] = fma(Tail && v + 1 == Vectors ? load_partial(row + v * w, tail) : load(row + v * w), factor, sum[c][v]);
     }
-  add_chains<Tail>(sum, tail, accumulate, gradient + j);
+  if (Chains > 1 || section.ends) return add_chains<Tail>(sum, tail, section.accumulate, section.gradient + j);
+  for (int v = 0; v < Vectors; ++v) store(section.sums + j + v * w, sum[0][v]);
 }
 
 // The same for a number of vectors that is known only now.
 template <int Most, int Chains, bool Ahead, class T>
-inline void block_gradient_part_of(size_t vectors, const Block<T>& block, const Block<T>& next, size_t j, size_t tail, bool accumulate,
-                                   T* gradient) {
+inline void block_gradient_part_of(size_t vectors, const Block<T>& block, const Block<T>& next, size_t j, size_t tail,
+                                   const Section<T>& section) {
   if (vectors == Most)
-    return tail < lanes<T> ? block_gradient_part<Most, Chains, true, Ahead>(block, next, j, tail, accumulate, gradient)
-                           : block_gradient_part<Most, Chains, false, Ahead>(block, next, j, tail, accumulate, gradient);
-  if constexpr (Most > 1) block_gradient_part_of<Most - 1, Chains, Ahead>(vectors, block, next, j, tail, accumulate, gradient);
+    return tail < lanes<T> ? block_gradient_part<Most, Chains, true, Ahead>(block, next, j, tail, section)
+                           : block_gradient_part<Most, Chains, false, Ahead>(block, next, j, tail, section);
+  if constexpr (Most > 1) block_gradient_part_of<Most - 1, Chains, Ahead>(vectors, block, next, j, tail, section);
 }
 
-// gradient[in_features] (+)= sum over the block of factor[l] * row[l]
+// gradient[in_features] (+)= sum over the section of factor[l] * row[l]
 template <bool Ahead, class T>
-inline void block_gradient(const Block<T>& block, const Block<T>& next, size_t in_features, bool accumulate, T* gradient) {
+inline void block_gradient(const Block<T>& block, const Block<T>& next, size_t in_features, const Section<T>& section) {
   constexpr size_t w = lanes<T>;
   constexpr size_t most = 4;  // at a time: as many sums as an addition takes cycles
   const size_t vectors = (in_features + w - 1) / w;
@@ -134,11 +145,11 @@ inline void block_gradient(const Block<T>& block, const Block<T>& next, size_t i
     count = left <= most ? left : left == most + 1 ? most - 1 : most;  // a single vector would wait for its sums
     const size_t tail = count < left ? w : in_features - j - (count - 1) * w;
     if (chains == 1)
-      block_gradient_part_of<(int)most, 1, Ahead>(count, block, next, j, tail, accumulate, gradient);
+      block_gradient_part_of<(int)most, 1, Ahead>(count, block, next, j, tail, section);
     else if (chains == 2)
-      block_gradient_part_of<(int)most, 2, Ahead>(count, block, next, j, tail, accumulate, gradient);
+      block_gradient_part_of<(int)most, 2, Ahead>(count, block, next, j, tail, section);
     else
-      block_gradient_part_of<1, 4, Ahead>(count, block, next, j, tail, accumulate, gradient);
+      block_gradient_part_of<1, 4, Ahead>(count, block, next, j, tail, section);
   }
 }
 
@@ -204,7 +215,7 @@ void linear_gradient(size_t rows, size_t in_features, size_t out_features, const
       }
       T* const gradient = weight_gradient + o * in_features;
       if (!one_chain)
-        block_gradient<false>(block, block, in_features, true, gradient);
+        block_gradient<false>(block, block, in_features, {true, true, true, nullptr, gradient});
       else if (outputs == 1)
         block_gradients<1>(block, factor, in_features, gradient);
       else if (outputs == 2)

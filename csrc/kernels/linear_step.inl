@@ -15,6 +15,24 @@ constexpr size_t most_turn_bytes = 8 << 10;
 // Rows up to so many vectors are held in the registers (where there are 16, the compiler reads some again from L1).
 constexpr size_t most_row_vectors = 16;
 
+constexpr size_t most_outputs = few_outputs - 1, most_outputs_together = 3;  // of one step, and of two that take turns
+
+// Rows of a section: those of a block, and of as many as make up 64 rows where rows are read in turns from memory. Such rows do not have to
+// stay in L1, and what a section costs at its ends, a turn that reads no row and a pass over the gradient, is rare then.
+template <class T>
+inline size_t rows_of_section(size_t in_features) {
+  const size_t block = Block<T>::rows_for(in_features);
+  const bool several = in_features > most_row_vectors * lanes<T> && in_features * sizeof(T) <= most_turn_bytes;
+  return several ? Block<T>::most / block * block : block;
+}
+
+// What the blocks of a section hand on for one output.
+template <class T>
+struct Sums {
+  Vector<T> bias, loss;
+  T gradient[most_turn_bytes / sizeof(T)] __attribute__((aligned(lane_bytes)));
+};
+
 // The targets of a block for one output come where its factors will be.
 template <class T>
 inline void block_targets(const LinearStep<T>& s, size_t first, size_t o, Block<T>& block) {
@@ -27,11 +45,11 @@ inline void block_targets(const LinearStep<T>& s, size_t first, size_t o, Block<
   for (size_t l = block.present; l < block.padded; ++l) block.factor[l] = T(0);
 }
 
-// The residuals r of a block, residual_of(l) those of a group, become its factors, 2 r; returns the sum of r^2 and adds that of 2 r to the
-// bias gradient.
+// The residuals r of a block, residual_of(l) those of a group, become its factors, 2 r. At the end of its section, returns the sum of r^2
+// and adds that of 2 r to the bias gradient.
 template <class T, class Residuals>
-inline double block_factors(Block<T>& block, const Residuals& residual_of, bool accumulate, T* bias_gradient) {
-  Vector<T> bias_sum = zero<T>(), loss_sum = zero<T>();
+inline double block_factors(Block<T>& block, const Residuals& residual_of, const Section<T>& section, Sums<T>& sums, T* bias_gradient) {
+  Vector<T> bias_sum = section.begins ? zero<T>() : sums.bias, loss_sum = section.begins ? zero<T>() : sums.loss;
   for (size_t l = 0; l < block.padded; l += lanes<T>) {
     Vector<T> residual = residual_of(l);
     if (block.present - l < lanes<T>) {
@@ -43,7 +61,12 @@ inline double block_factors(Block<T>& block, const Residuals& residual_of, bool 
     bias_sum += gradient;
     loss_sum += SquaredError::term(residual);
   }
-  if (bias_gradient) *bias_gradient = (accumulate ? *bias_gradient : T(0)) + sum_lanes<T>(bias_sum);
+  if (!section.ends) {
+    sums.bias = bias_sum;
+    sums.loss = loss_sum;
+    return 0;
+  }
+  if (bias_gradient) *bias_gradient = (section.accumulate ? *bias_gradient : T(0)) + sum_lanes<T>(bias_sum);
   return (double)sum_lanes<T>(loss_sum);
 }
 
@@ -56,6 +79,7 @@ __attribute__((noinline)) void block_in_registers(Block<T>& block, size_t in_fea
                                                   bool accumulate, T* gradient) {
   constexpr size_t w = lanes<T>;
   constexpr int chains = chains_for<T>(Vectors);
+  constexpr int level = lane_bytes == 64 && Vectors >= 4 ? 3 : 2;  // L1, by which a core of Zen 5 reads 1.06 to 1.13 times as fast, or L2
   const size_t tail = in_features - (Vectors - 1) * w;
   Vector<T> weights[Vectors], sum[chains][Vectors];
   for (int v = 0; v < Vectors; ++v) {
@@ -70,7 +94,7 @@ __attribute__((noinline)) void block_in_registers(Block<T>& block, size_t in_fea
 #pragma GCC unroll 16
       for (int v = 0; v < Vectors; ++v) {
         x[v] = v + 1 < Vectors ? load(row + v * w) : load_up_to(row + v * w, tail);
-        if (Ahead && v * lane_bytes % 64 == 0) __builtin_prefetch(row + ahead + v * w, 0, 2);
+        if (Ahead && v * lane_bytes % 64 == 0) __builtin_prefetch(row + ahead + v * w, 0, level);
         products = fma(x[v], weights[v], products);
       }
       T residual = sum_lanes<T>(products) + bias - block.factor[l + c];
@@ -117,10 +141,6 @@ __attribute__((noinline)) void block_of_short_rows(Block<T>& block, size_t in_fe
   add_chains<true>(sum, in_features, accumulate, gradient);
 }
 
-// Whether lines ahead are better asked for: a core of Zen 4 reads rows of several whole lines 1.05 to 1.25 times as fast without (100
-// features 22 GB/s for 18.5, 256 25 for 20), shorter ones as fast either way; one of Zen 3 gains by it (elements_ahead).
-constexpr bool gains_by_requests(size_t vectors) { return lane_bytes < 64 || vectors < 4; }
-
 // The same for a number of vectors that is known only now.
 template <int Most, bool Ahead, class T>
 inline void block_in_registers_of(size_t vectors, Block<T>& block, size_t in_features, size_t ahead, const T* weight, T bias,
@@ -128,21 +148,23 @@ inline void block_in_registers_of(size_t vectors, Block<T>& block, size_t in_fea
   if constexpr (Most == 1)
     block_of_short_rows<Ahead>(block, in_features, ahead, weight, bias, accumulate, gradient);
   else if (vectors == Most)
-    block_in_registers<Most, Ahead && gains_by_requests(Most)>(block, in_features, ahead, weight, bias, accumulate, gradient);
+    block_in_registers<Most, Ahead>(block, in_features, ahead, weight, bias, accumulate, gradient);
   else
     block_in_registers_of<Most - 1, Ahead>(vectors, block, in_features, ahead, weight, bias, accumulate, gradient);
 }
 
 // The same for longer rows from memory: the dot product of a row together with the gradient of the row before it, which is in L1 then, so
-// that reading from memory does not pause. N blocks with equally many rows at once, each for a gradient of its own. Asks for what lies
+// that reading from memory does not pause. N blocks with equally many rows at once, each for a section of its own. Asks for what lies
 // `ahead` elements further on.
 template <int N, class T>
-inline void blocks_in_turns(Block<T> (&block)[N], size_t in_features, size_t ahead, const T* weight, T bias, bool accumulate,
-                            T* const (&gradient)[N]) {
+inline void blocks_in_turns(Block<T> (&block)[N], size_t in_features, size_t ahead, const T* weight, T bias,
+                            const Section<T> (&section)[N]) {
   constexpr size_t w = lanes<T>;
-  T sums[N][most_turn_bytes / sizeof(T)] __attribute__((aligned(lane_bytes)));
   Vector<T> factor[N];  // of the row before
-  for (int n = 0; n < N; ++n) factor[n] = zero<T>();
+  for (int n = 0; n < N; ++n) {
+    factor[n] = zero<T>();
+    for (size_t j = 0; section[n].begins && j < in_features; j += w) store(section[n].sums + j, zero<T>());
+  }
   const auto turn = [&](size_t l, auto dot, auto gradient_before) __attribute__((always_inline)) {
     const T *row[N], *before[N];
     Vector<T> products[N];
@@ -160,9 +182,12 @@ inline void blocks_in_turns(Block<T> (&block)[N], size_t in_features, size_t ahe
           products[n] = fma(read(row[n] + j), weights, products[n]);
         }
       }
+      if (!gradient_before.value) return;
 #pragma GCC unroll 2
-      for (int n = 0; n < N; ++n)
-        store(sums[n] + j, gradient_before.value ? fma(read(before[n] + j), factor[n], load(sums[n] + j)) : zero<T>());
+      for (int n = 0; n < N; ++n) {
+        T* const sums = section[n].sums + j;
+        store(sums, fma(read(before[n] + j), factor[n], load(sums)));
+      }
     };
     size_t j = 0;
     for (; j + w <= in_features; j += w) visit(j, load<T>);
@@ -179,10 +204,11 @@ inline void blocks_in_turns(Block<T> (&block)[N], size_t in_features, size_t ahe
   for (size_t l = 1; l < rows; ++l) turn(l, Constant<true>{}, Constant<true>{});
   turn(rows, Constant<false>{}, Constant<true>{});
   for (int n = 0; n < N; ++n)
-    for (size_t j = 0; j < in_features; j += w) {
+    for (size_t j = 0; section[n].ends && j < in_features; j += w) {
       const size_t count = in_features - j;
-      const Vector<T> sum = load(sums[n] + j);
-      store_up_to(gradient[n] + j, accumulate ? sum + load_up_to(gradient[n] + j, count) : sum, count);
+      T* const gradient = section[n].gradient + j;
+      const Vector<T> sum = load(section[n].sums + j);
+      store_up_to(gradient, section[n].accumulate ? sum + load_up_to(gradient, count) : sum, count);
     }
 }
 
@@ -200,39 +226,53 @@ inline size_t vectors_of(const LinearStep<T>& s) {
   return (s.in_features + lanes<T> - 1) / lanes<T>;
 }
 
-// Rows from memory, one behind the other: to read them once and just so keeps more lines on their way, by the processor's prefetching,
-// than requests for single ones do (25 to 28 GB/s for a core of AMD's Zen 4, with requests 20). Shuffled rows are better asked for a block
-// at a time.
+// Rows from memory, one behind the other, that are read once: just so the processor's prefetching keeps more lines on their way than
+// requests for single ones do (25 to 28 GB/s for a core of AMD's Zen 4, with requests 20). Shuffled rows are better asked for a block at a
+// time, and so are long ones where requests gain.
 template <class T>
 inline bool reads_in_order(const LinearStep<T>& s) {
-  return s.prefetch && !s.index && s.in_features > 0 && s.in_features * sizeof(T) <= most_turn_bytes;
+  const bool in_registers = vectors_of(s) <= most_row_vectors;
+  return s.prefetch && !s.index && s.in_features > 0 && s.in_features * sizeof(T) <= most_turn_bytes && (in_registers || !s.by_requests);
 }
 
-// Visits in turns from row `first` on, of N steps with the same weights at once, while all have equally many rows left for a block. Adds to
-// their losses; returns the first row that is left.
+// Whether rows that are held in registers are better asked for ahead: with AVX-512 a core of Zen 4 reads those of several whole lines 1.05
+// to 1.25 times as fast without (100 features 22 GB/s for 18.5, 256 25 for 20) and shorter ones as fast either way; one of Zen 5 gains half
+// by it (100 features 29 GB/s for 19), as one of Zen 3 does (elements_ahead).
+template <class T>
+inline bool asks_in_order(const LinearStep<T>& s) {
+  return lane_bytes < 64 || vectors_of(s) < 4 || s.by_requests;
+}
+
+// Visits in turns from row `first` on, of N steps with the same weights at once, while all have equally many rows left for a section. Adds
+// to their losses; returns the first row that is left. One output reads a section once; several do so block by block, as these stay in L1.
 template <int N, class T>
 size_t visit_in_turns(const LinearStep<T>* const (&s)[N], size_t first, double* losses) {
-  const size_t in = s[0]->in_features, block_rows = Block<T>::rows_for(in), ahead = elements_ahead<T>(in, s[0]->x_stride);
+  const size_t in = s[0]->in_features, out = s[0]->out_features, ahead = elements_ahead<T>(in, s[0]->x_stride);
+  const size_t section_rows = rows_of_section<T>(in), block_rows = out == 1 ? section_rows : Block<T>::rows_for(in);
   Block<T> block[N];
-  for (;; first += block_rows) {
-    size_t count[N];
+  Sums<T> sums[N][N == 1 ? most_outputs : most_outputs_together];
+  for (;; first += section_rows) {
+    size_t rows = 0;
     for (int n = 0; n < N; ++n) {
-      const size_t left = first < s[n]->rows ? s[n]->rows - first : 0;
-      count[n] = left < block_rows ? left : block_rows;
-      if (count[n] == 0 || count[n] != count[0]) return first;
+      const size_t left = first < s[n]->rows ? s[n]->rows - first : 0, count = left < section_rows ? left : section_rows;
+      if (count == 0 || (n > 0 && count != rows)) return first;
+      rows = count;
     }
-    for (int n = 0; n < N; ++n) block[n].gather(s[n]->x, s[n]->x_stride, nullptr, first, count[n]);
-    const bool accumulate = first != 0;
-    for (size_t o = 0; o < s[0]->out_features; ++o) {
-      T* gradient[N];
-      for (int n = 0; n < N; ++n) {
-        block_targets(*s[n], first, o, block[n]);
-        gradient[n] = s[n]->weight_gradient + o * in;
-      }
-      blocks_in_turns(block, in, o == 0 ? ahead : 0, s[0]->weight + o * in, s[0]->bias ? s[0]->bias[o] : T(0), accumulate, gradient);
-      for (int n = 0; n < N; ++n) {
-        T* const bias_gradient = s[n]->bias_gradient ? s[n]->bias_gradient + o : nullptr;
-        losses[n] += block_factors(block[n], [&](size_t l) { return load(block[n].factor + l); }, accumulate, bias_gradient);
+    for (size_t begin = 0; begin < rows; begin += block_rows) {
+      const bool ends = rows - begin <= block_rows;
+      for (int n = 0; n < N; ++n) block[n].gather(s[n]->x, s[n]->x_stride, nullptr, first + begin, ends ? rows - begin : block_rows);
+      for (size_t o = 0; o < out; ++o) {
+        Section<T> section[N];
+        for (int n = 0; n < N; ++n) {
+          block_targets(*s[n], first + begin, o, block[n]);
+          section[n] = {begin == 0, ends, first != 0, sums[n][o].gradient, s[n]->weight_gradient + o * in};
+        }
+        blocks_in_turns(block, in, o == 0 ? ahead : 0, s[0]->weight + o * in, s[0]->bias ? s[0]->bias[o] : T(0), section);
+        for (int n = 0; n < N; ++n) {
+          T* const bias_gradient = s[n]->bias_gradient ? s[n]->bias_gradient + o : nullptr;
+          const auto residual_of = [&](size_t l) { return load(block[n].factor + l); };
+          losses[n] += block_factors(block[n], residual_of, section[n], sums[n][o], bias_gradient);
+        }
       }
     }
   }
@@ -242,7 +282,7 @@ size_t visit_in_turns(const LinearStep<T>* const (&s)[N], size_t first, double* 
 template <class T>
 double linear_step(const LinearStep<T>& s) {
   const size_t in = s.in_features;
-  const size_t block_rows = Block<T>::rows_for(in);
+  const size_t block_rows = Block<T>::rows_for(in), section_rows = rows_of_section<T>(in);
   const auto count_from = [&](size_t first, size_t end) { return end - first < block_rows ? end - first : block_rows; };
   // In the cache one visit gains where the sums find room in the registers too, and a sum over lanes has enough products, or those of a
   // group are made together.
@@ -250,12 +290,14 @@ double linear_step(const LinearStep<T>& s) {
   const bool in_order = reads_in_order(s);
   const bool gains = vectors == 1 || (vectors >= 4 && 2 * vectors <= vector_registers);
   const bool in_registers = in_order ? vectors <= most_row_vectors : !s.prefetch && gains;
+  const bool asks = in_order && asks_in_order(s);
   double loss = 0;
   if (in_order && !in_registers) {
     visit_in_turns({&s}, 0, &loss);
     return loss;
   }
   const size_t ahead_in_order = in_order ? elements_ahead<T>(in, s.x_stride) : 0;
+  Sums<T> sums[most_outputs];
   Block<T> blocks[2];
   Block<T>*block = &blocks[0], *next = &blocks[1];
   block->gather(s.x, s.x_stride, s.index, 0, count_from(0, s.rows));
@@ -272,24 +314,25 @@ double linear_step(const LinearStep<T>& s) {
       const T bias = s.bias ? s.bias[o] : T(0);
       T* const gradient = s.weight_gradient + o * in;
       block_targets(s, first, o, *block);
-      const bool accumulate = first != 0;
+      const bool accumulate = first >= section_rows;
+      const Section<T> section{first % section_rows == 0, last || following % section_rows == 0, accumulate, sums[o].gradient, gradient};
       T* const bias_gradient = s.bias_gradient ? s.bias_gradient + o : nullptr;
       if (in_registers) {
-        if (in_order && o == 0)
+        if (asks && o == 0)
           block_in_registers_of<(int)most_row_vectors, true>(vectors, *block, in, ahead_in_order, weight, bias, accumulate, gradient);
         else
           block_in_registers_of<(int)most_row_vectors, false>(vectors, *block, in, 0, weight, bias, accumulate, gradient);
-        loss += block_factors(*block, [&](size_t l) { return load(block->factor + l); }, accumulate, bias_gradient);
+        loss += block_factors(*block, [&](size_t l) { return load(block->factor + l); }, section, sums[o], bias_gradient);
         continue;
       }
       const auto residual_of = [&](size_t l) __attribute__((always_inline)) {
         return group_dot(block->row + l, in, weight) + broadcast(bias) - load(block->factor + l);
       };
-      loss += block_factors(*block, residual_of, accumulate, bias_gradient);
+      loss += block_factors(*block, residual_of, section, sums[o], bias_gradient);
       if (ahead && o == 0)
-        block_gradient<true>(*block, *next, in, accumulate, gradient);
+        block_gradient<true>(*block, *next, in, section);
       else
-        block_gradient<false>(*block, *block, in, accumulate, gradient);
+        block_gradient<false>(*block, *block, in, section);
     }
     Block<T>* const done = block;
     block = next;
@@ -304,10 +347,10 @@ double linear_step(const LinearStep<T>& s) {
 // line each one stream comes near the bandwidth of a core (Zen 4; two were not measured there).
 template <class T>
 bool gain_together(const LinearStep<T>& s) {
-  constexpr size_t least_vectors = 8, most_outputs = 3;
+  constexpr size_t least_vectors = 8;
   const size_t vectors = vectors_of(s);
   const bool gains = vectors > most_row_vectors || (vectors >= least_vectors && s.from_memory);
-  return lane_bytes < 64 && reads_in_order(s) && s.out_features <= most_outputs && gains;
+  return lane_bytes < 64 && reads_in_order(s) && s.out_features <= most_outputs_together && gains;
 }
 
 template <class T>

@@ -96,9 +96,16 @@ void check_step(std::size_t rows, std::size_t in, std::size_t out) {
   }
   good = true;
   for (const bool indexed : {false, true})
-    for (const int past_caches : {0, 1, 2}) {  // none, those of a core, all
-      const gdlib::Batch<T> same{indexed ? x.data() : x_there.data(),   in,   indexed ? y.data() : y_there.data(),
-                                 indexed ? order.data() : nullptr, rows, 0, past_caches > 0, past_caches > 1};
+    for (const int past_caches : {0, 1, 2, 3}) {  // none, those of a core, all, all by requests
+      const gdlib::Batch<T> same{indexed ? x.data() : x_there.data(),
+                                 in,
+                                 indexed ? y.data() : y_there.data(),
+                                 indexed ? order.data() : nullptr,
+                                 rows,
+                                 0,
+                                 past_caches > 0,
+                                 past_caches > 1,
+                                 past_caches > 2};
       std::vector<T> other(shape.parameters());
       good = good && gdlib::linear_squared_error_gradient(shape, same, p.data(), other.data(), scratch, interrupt) == loss;
       good = good && std::equal(other.begin(), other.end(), gradient.begin());
@@ -270,6 +277,8 @@ void check_kernels() {
         check_step<T>(rows, in, out);
       }
   for (std::size_t in : {33, 65, 100, 128, 129, 131, 255, 256, 257, 300, 512, 513}) check_step<T>(67, in, 2);
+  for (std::size_t in : {300, 600, 1025})  // several blocks of a section, and several sections
+    for (std::size_t out : {1, 2, 5}) check_step<T>(150, in, out);
   for (std::size_t out : {1, 3, 9}) {  // in pieces, equal and not
     check_step<T>(300, 70, out);
     check_step<T>(530, 100, out);
