@@ -18,9 +18,9 @@ struct Batch {
   const std::uint32_t* index;
   std::size_t rows;
   std::size_t rows_ahead;  // further rows behind these
-  bool prefetch;           // the data set is larger than a core's caches
-  bool from_memory;        // and than the one that cores share
-  bool by_requests = false;  // gains_by_requests(): in order from memory too
+  bool prefetch;             // the data set is larger than a core's caches
+  bool from_memory;          // and than the one that cores share
+  bool by_requests = false;  // what is prefetched is asked for in order too: gains_by_requests()
 
   bool scattered() const { return index && prefetch; }  // over memory
 };

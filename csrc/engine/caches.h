@@ -12,7 +12,8 @@ std::size_t l2_bytes();
 std::size_t l3_bytes();
 
 // Whether a core reads in order from memory faster if it asks for lines of some KiB ahead than if it leaves that to its own prefetching:
-// AMD's Zen 5, whose descents of 1,000 features read 25 GB/s for 20 so, while Zen 4 reads 21 for 25. Not shown in the bits either.
+// AMD's Zen 5 (and, not measured, later ones), whose descents of 1,000 features read 25 GB/s for 20 so, while Zen 4 reads 21 for 25. Not
+// shown in the bits either.
 bool gains_by_requests();
 
 }  // namespace gdlib

@@ -19,25 +19,30 @@ constexpr std::size_t most_chain = 1 << 14;
 // The pieces of a batch on few outputs, which are as many, meet in T.
 constexpr std::size_t most_pieces = 8;
 
-// Rows of one task: about 512 KiB, so that handing it out (under 1 us) does not count and its gradient stays in cache. A task's gradient is
-// fetched to be written, written and read again, which for 64 rows costs 1/20 of reading them: at least 64 for each output where they are
-// many; where they are few, long rows make up tasks of 2 MiB, but no more than 256 rows and at least 64.
+// Rows of one task: about 512 KiB, so that handing it out (under 1 us) does not count and its gradient stays in cache; at least 64, and
+// where outputs are many 64 for each, so that the tasks' gradients together stay under 1/64 of x.
 inline std::size_t rows_per_task(std::size_t in_features, std::size_t out_features, std::size_t element_bytes) {
   constexpr std::size_t task_bytes = 512 << 10;
   const std::size_t rows = task_bytes / std::max<std::size_t>(1, in_features * element_bytes);
-  if (out_features < few_outputs) return std::max<std::size_t>({64, rows / 64 * 64, std::min<std::size_t>(256, 4 * rows / 64 * 64)});
+  if (out_features < few_outputs) return std::max<std::size_t>(64, rows / 64 * 64);
   return std::min(most_chain, std::max<std::size_t>(64 * out_features, rows / 64 * 64));
 }
 
 // The same for a step of training, whose batch may be smaller than a task: up to 8 pieces, so that two, four or eight threads have as many
 // each, of about 32 KiB and 64 rows at least. These take a core 0.7 us in its cache and 3 us where they are scattered over memory; one
-// thread loses 2 % by them, and 5 % where it reads in order from memory.
+// thread loses 2 % by them, and 5 % where it reads in order from memory. Long rows of few outputs make up pieces of up to 256 rows and 2
+// MiB, if 32 pieces are left: a gradient is fetched to be written, written and read again, which for 64 rows takes a twentieth of the time
+// to read them.
 inline std::size_t rows_per_piece(std::size_t rows, std::size_t in_features, std::size_t out_features, std::size_t element_bytes) {
   constexpr std::size_t least_bytes = 32 << 10, least_rows = 64, group = 16, most_outputs = 16;
-  const std::size_t row_bytes = in_features * element_bytes, whole = rows_per_task(in_features, out_features, element_bytes);
+  constexpr std::size_t long_bytes = 2 << 20, long_rows = 256, least_long_pieces = 32;
+  const std::size_t row_bytes = std::max<std::size_t>(1, in_features * element_bytes);
+  std::size_t whole = rows_per_task(in_features, out_features, element_bytes);
   if (out_features > most_outputs) return whole;  // each element is used as often: its rows take longer to work on than to read
+  const std::size_t long_piece = std::min({long_rows, long_bytes / row_bytes, rows / least_long_pieces}) / 64 * 64;
+  if (out_features < few_outputs) whole = std::max(whole, long_piece);
   std::size_t pieces = 1;
-  const std::size_t least = std::max(least_rows, least_bytes / std::max<std::size_t>(1, row_bytes));
+  const std::size_t least = std::max(least_rows, least_bytes / row_bytes);
   while (pieces < most_pieces && rows / (2 * pieces) >= least) pieces *= 2;
   const std::size_t piece = ceil_divide(ceil_divide(rows, pieces), group) * group;  // whole groups: 16 floats of AVX-512
   return std::min(piece, whole);

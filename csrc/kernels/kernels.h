@@ -50,7 +50,7 @@ struct LinearStep {
   size_t rows_ahead;      // how many these are
   bool prefetch;          // x is larger than a core's caches: see to it that the next rows are fetched while these are in work
   bool from_memory;       // and than the one that cores share
-  bool by_requests;       // rows in order from memory are asked for too, as scattered ones are
+  bool by_requests;       // rows that are prefetched are asked for in order too, as scattered ones are
   size_t in_features;
   size_t out_features;
   const T* weight;        // [out_features, in_features]

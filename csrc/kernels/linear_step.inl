@@ -1,7 +1,8 @@
 // The fused training step of a linear layer with few outputs.
 //
-// Rows that the registers can hold are read once: dot product and gradient, then the next row; longer ones in order from memory too, the
-// dot product of one together with the gradient of the one before, or rows of two steps in turns so. The others are visited twice: dot
+// Rows that the registers can hold are read once: dot product and gradient, then the next row; longer ones in order from memory too, unless
+// they are asked for, the dot product of one together with the gradient of the one before, or rows of two steps so. The others are visited
+// twice: dot
 // products of a block first, one accumulator vector for each row, then its gradient, some features at a time. All ways make the same
 // additions. Accumulates in T; sums of losses are returned in double.
 
@@ -17,8 +18,9 @@ constexpr size_t most_row_vectors = 16;
 
 constexpr size_t most_outputs = few_outputs - 1, most_outputs_together = 3;  // of one step, and of two that take turns
 
-// Rows of a section: those of a block, and of as many as make up 64 rows where rows are read in turns from memory. Such rows do not have to
-// stay in L1, and what a section costs at its ends, a turn that reads no row and a pass over the gradient, is rare then.
+// Rows of a section: those of a block or, of rows that may be read in turns, of as many blocks as make up 64 rows at most. One output reads
+// such rows from memory once, they do not have to stay in L1, and what a section costs at its ends, a turn that reads no row and a pass
+// over the gradient, is rare.
 template <class T>
 inline size_t rows_of_section(size_t in_features) {
   const size_t block = Block<T>::rows_for(in_features);
@@ -245,12 +247,12 @@ inline bool asks_in_order(const LinearStep<T>& s) {
 
 // Visits in turns from row `first` on, of N steps with the same weights at once, while all have equally many rows left for a section. Adds
 // to their losses; returns the first row that is left. One output reads a section once; several do so block by block, as these stay in L1.
+// `sums` has a place for each output.
 template <int N, class T>
-size_t visit_in_turns(const LinearStep<T>* const (&s)[N], size_t first, double* losses) {
+size_t visit_in_turns(const LinearStep<T>* const (&s)[N], size_t first, double* losses, Sums<T>* const (&sums)[N]) {
   const size_t in = s[0]->in_features, out = s[0]->out_features, ahead = elements_ahead<T>(in, s[0]->x_stride);
   const size_t section_rows = rows_of_section<T>(in), block_rows = out == 1 ? section_rows : Block<T>::rows_for(in);
   Block<T> block[N];
-  Sums<T> sums[N][N == 1 ? most_outputs : most_outputs_together];
   for (;; first += section_rows) {
     size_t rows = 0;
     for (int n = 0; n < N; ++n) {
@@ -292,15 +294,16 @@ double linear_step(const LinearStep<T>& s) {
   const bool in_registers = in_order ? vectors <= most_row_vectors : !s.prefetch && gains;
   const bool asks = in_order && asks_in_order(s);
   double loss = 0;
+  Sums<T> sums[most_outputs];
   if (in_order && !in_registers) {
-    visit_in_turns({&s}, 0, &loss);
+    visit_in_turns({&s}, 0, &loss, {&sums[0]});
     return loss;
   }
   const size_t ahead_in_order = in_order ? elements_ahead<T>(in, s.x_stride) : 0;
-  Sums<T> sums[most_outputs];
   Block<T> blocks[2];
   Block<T>*block = &blocks[0], *next = &blocks[1];
   block->gather(s.x, s.x_stride, s.index, 0, count_from(0, s.rows));
+  size_t section_begin = 0;
   for (size_t first = 0; first < s.rows; first += block_rows) {
     const bool last = first + block->present == s.rows;
     const size_t following = last ? s.next : first + block->present, end = last ? s.next + s.rows_ahead : s.rows;
@@ -309,13 +312,14 @@ double linear_step(const LinearStep<T>& s) {
     if (ahead) fetch_rows(*next, block->padded, in);
     if (ahead && s.index && s.target)  // the targets lie as scattered (without, 10 % slower)
       for (size_t l = 0; l < next->present; ++l) __builtin_prefetch(s.target + s.index[following + l] * s.out_features, 0, 2);
+    const bool ends = last || following == section_begin + section_rows;  // the section
     for (size_t o = 0; o < s.out_features; ++o) {
       const T* const weight = s.weight + o * in;
       const T bias = s.bias ? s.bias[o] : T(0);
       T* const gradient = s.weight_gradient + o * in;
       block_targets(s, first, o, *block);
-      const bool accumulate = first >= section_rows;
-      const Section<T> section{first % section_rows == 0, last || following % section_rows == 0, accumulate, sums[o].gradient, gradient};
+      const bool accumulate = section_begin != 0;
+      const Section<T> section{first == section_begin, ends, accumulate, sums[o].gradient, gradient};
       T* const bias_gradient = s.bias_gradient ? s.bias_gradient + o : nullptr;
       if (in_registers) {
         if (asks && o == 0)
@@ -334,6 +338,7 @@ double linear_step(const LinearStep<T>& s) {
       else
         block_gradient<false>(*block, *block, in, section);
     }
+    if (ends) section_begin = following;
     Block<T>* const done = block;
     block = next;
     next = done;
@@ -356,8 +361,9 @@ bool gain_together(const LinearStep<T>& s) {
 template <class T>
 void linear_steps(const LinearStep<T>* s, double* losses) {
   losses[0] = losses[1] = 0;
-  const size_t first = visit_in_turns({&s[0], &s[1]}, 0, losses);
-  for (int n = 0; n < 2; ++n) visit_in_turns({&s[n]}, first, losses + n);
+  Sums<T> sums[2][most_outputs_together];
+  const size_t first = visit_in_turns({&s[0], &s[1]}, 0, losses, {sums[0], sums[1]});
+  for (int n = 0; n < 2; ++n) visit_in_turns({&s[n]}, first, losses + n, {sums[n]});
 }
 
 }  // namespace

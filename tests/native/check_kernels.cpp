@@ -277,7 +277,7 @@ void check_kernels() {
         check_step<T>(rows, in, out);
       }
   for (std::size_t in : {33, 65, 100, 128, 129, 131, 255, 256, 257, 300, 512, 513}) check_step<T>(67, in, 2);
-  for (std::size_t in : {300, 600, 1025})  // several blocks of a section, and several sections
+  for (std::size_t in : {300, 600, 1024, 1025, 2048, 2049})  // several blocks of a section, and several sections, up to 8 KiB
     for (std::size_t out : {1, 2, 5}) check_step<T>(150, in, out);
   for (std::size_t out : {1, 3, 9}) {  // in pieces, equal and not
     check_step<T>(300, 70, out);
