@@ -1,4 +1,5 @@
 // The sizes of this machine's caches: blocks of data are cut to the second level, and read from memory in other ways than from the third.
+// And how its cores are best made to read from memory.
 #pragma once
 
 #include <cstddef>

@@ -47,7 +47,8 @@ class RowSource {
   }
 
  private:
-  // About an L2, within which to fetch ahead only costs. All reports were made with it, on cores with 512 KiB (Zen 3) and 1 MiB (Zen 4).
+  // About an L2, within which to fetch ahead only costs. All reports were made with it, on cores with 512 KiB (Zen 3) and 1 MiB (Zen 4 and
+  // 5).
   static constexpr std::size_t least_fetched = 512 << 10;
 
   bool prefetch() const { return bytes_ > least_fetched; }
