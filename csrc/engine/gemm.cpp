@@ -201,6 +201,7 @@ class Multiplication {
     t.a_depth_stride = p_.a.col_stride;
     t.b = p_.b.at(0, col);
     t.b_stride = p_.b.col_stride;
+    t.b_in_cache = p_.depth * p_.cols * sizeof(T) <= l3_bytes();
     t.c = p_.c + col;
     t.c_stride = p_.c_stride;
     t.start = p_.accumulate ? t.c : p_.bias ? p_.bias + col : nullptr;

@@ -185,34 +185,36 @@ inline void read_transposed(const T* source, size_t stride, size_t present, size
   transpose<1>(v);
 }
 
-// For gemm_transposed: Together vectors of columns from k on, which take turns; a single one may be there in part. Neighbours: the elements
-// of a row of a are.
+// For gemm_transposed: Together vectors of columns from k on, one or two, which take turns; a single one may be there in part. Neighbours:
+// the elements of a row of a are. The second vector follows some steps behind: its sequences fall on other sets of L1 then, where those of
+// both are a multiple of 4 KiB apart (with lines 1.2 times as fast so, else as fast; shorter vectors lose as often as they gain).
 template <class T, int Rows, int Together, bool Neighbours>
 inline void transposed_columns(const GemmTile<T>& t, size_t k) {
-  constexpr size_t w = lanes<T>;
+  constexpr size_t w = lanes<T>, most_behind = Together > 1 && lane_bytes == 64 ? 8 * w : 0;
   const size_t present = Together > 1 || k + w <= t.columns ? w : t.columns - k;
   Vector<T> sum[Together][Rows];
   for (int c = 0; c < Together; ++c)
     for (int r = 0; r < Rows; ++r) sum[c][r] = t.start ? load_up_to(t.start + r * t.start_stride + k + c * w, present) : zero<T>();
-  const auto steps = [&](size_t d, size_t count, auto all) __attribute__((always_inline)) {
-#pragma GCC unroll 1
-    for (int c = 0; c < Together; ++c) {
-      Vector<T> column[w];
-      read_transposed<all.value, all.value && Together == 1>(t.b + (k + c * w) * t.b_stride + d, t.b_stride, present, count, column);
+  const auto steps = [&](int c, size_t d, size_t count, auto all) __attribute__((always_inline)) {
+    Vector<T> column[w];
+    read_transposed<all.value, all.value && Together == 1>(t.b + (k + c * w) * t.b_stride + d, t.b_stride, present, count, column);
 #pragma GCC unroll 16
-      for (size_t i = 0; i < w; ++i)
-        if (all.value || i < count)
+    for (size_t i = 0; i < w; ++i)
+      if (all.value || i < count)
 #pragma GCC unroll 8
-          for (int r = 0; r < Rows; ++r) {
-            const T factor = t.a[r * t.a_row_stride + (d + i) * (Neighbours ? 1 : t.a_depth_stride)];
-            sum[c][r] = fma(broadcast(factor), column[i], sum[c][r]);
-          }
-    }
+        for (int r = 0; r < Rows; ++r) {
+          const T factor = t.a[r * t.a_row_stride + (d + i) * (Neighbours ? 1 : t.a_depth_stride)];
+          sum[c][r] = fma(broadcast(factor), column[i], sum[c][r]);
+        }
   };
-  size_t d = 0;
-  if (present == w)
-    for (; d + w <= t.depth; d += w) steps(d, w, Constant<true>{});
-  for (; d < t.depth; d += w) steps(d, t.depth - d < w ? t.depth - d : w, Constant<false>{});
+  const size_t whole = present == w ? t.depth / w * w : 0, behind = most_behind < whole ? most_behind : whole;
+#pragma GCC unroll 1
+  for (size_t d = 0; d < whole + behind; d += w) {
+    if (behind == 0 || d < whole) steps(0, d, w, Constant<true>{});
+    if (Together > 1 && d >= behind) steps(Together - 1, d - behind, w, Constant<true>{});
+  }
+  for (int c = 0; c < Together; ++c)
+    for (size_t d = whole; d < t.depth; d += w) steps(c, d, t.depth - d < w ? t.depth - d : w, Constant<false>{});
   for (int c = 0; c < Together; ++c)
     for (int r = 0; r < Rows; ++r) store_up_to(t.c + r * t.c_stride + k + c * w, sum[c][r], present);
 }
@@ -222,13 +224,15 @@ inline void transposed_columns(const GemmTile<T>& t, size_t k) {
 template <class T, int Rows>
 void gemm_transposed(const GemmTile<T>& t) {
   constexpr size_t w = lanes<T>, ways = 8, way_bytes = 4096;  // of the smallest L1 in use
-  // Two vectors take turns where one alone waits for its chain of additions most of the time: 1.2 to 1.9 times as fast, but for sequences
-  // that fall on one set of L1, and are more than it has ways. Requests would cost them up to a third in the cache, and gain nothing (Zen
-  // 3). To transpose whole lines takes as long as to add them.
-  constexpr int together = Rows <= 2 && lane_bytes < 64 ? 2 : 1;
+  // Two vectors take turns where one alone waits for its chain of additions most of the time. Vectors shorter than a line: 1.2 to 1.9 times
+  // as fast, but for sequences that fall on one set of L1, and are more than it has ways; requests would cost them up to a third in the
+  // cache, and gain nothing (Zen 3). Lines: 1.1 to 1.5 times as fast from a cache, from memory 0.7 to 0.9, whose prefetchers cannot follow
+  // so many (Zen 5; to transpose them takes a Zen 4 as long as to add them, so that it gains nothing).
+  constexpr bool lines = lane_bytes == 64;
+  constexpr int together = Rows <= (lines ? 4 : 2) ? 2 : 1;
   const bool neighbours = t.a_depth_stride == 1, one_set = together * w > ways && t.b_stride * sizeof(T) % way_bytes == 0;
   size_t k = 0;
-  if (together > 1 && neighbours && !one_set)
+  if (together > 1 && neighbours && (lines ? t.b_in_cache : !one_set))
     for (; k + together * w <= t.columns; k += together * w) transposed_columns<T, Rows, together, true>(t, k);
   for (; k < t.columns; k += w)
     neighbours ? transposed_columns<T, Rows, 1, true>(t, k) : transposed_columns<T, Rows, 1, false>(t, k);

@@ -105,6 +105,7 @@ struct GemmTile {
   size_t a_depth_stride;
   const T* b;              // [depth, columns], rows b_stride apart; gemm_tile reads whole vectors, past the last column too
   size_t b_stride;
+  bool b_in_cache;         // gemm_transposed: all of b is probably in a cache
   const T* start;          // [rows, columns], rows start_stride apart (0: one row for all), or null: zeros; may be c
   size_t start_stride;
   T* c;                    // [rows, columns], rows c_stride apart

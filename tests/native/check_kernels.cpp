@@ -284,6 +284,7 @@ void check_kernels() {
     check_step<T>(530, 100, out);
   }
   for (std::size_t rows : {3, 4, 6, 7, 8}) check_layer<T>(rows, 37, 45);  // weights that are transposed in registers, or laid out anew
+  for (std::size_t rows : {1, 2, 3, 4}) check_layer<T>(rows, 201, 91);    // by two vectors, one and a part of one, and steps that are left
   for (std::size_t in : {100, 512, 1023, 1024}) check_layer<T>(37, in, 1);  // read in order, but for the longest
   check_layer<T>(130, 300, 100);  // several blocks of depth and rows
   check_layer<T>(7, 1100, 75);    // by whole rows in blocks of columns and depth
