@@ -125,6 +125,7 @@ class ManySteps {
     if (!extended_.empty()) run.extended = extended_.data() + (batches.index ? 0 : first_row * extended_width());
     run.index = batches.index;
     run.rows_ahead = batches.rows_ahead;
+    run.by_requests = batches.prefetch && batches.by_requests;
     run.batch_size = round_.batch_size;
     run.mean = round_.mean;
     run.options = range.options;

@@ -50,7 +50,7 @@ struct LinearStep {
   size_t rows_ahead;      // how many these are
   bool prefetch;          // x is larger than a core's caches: see to it that the next rows are fetched while these are in work
   bool from_memory;       // and than the one that cores share
-  bool by_requests;       // rows that are prefetched are asked for in order too, as scattered ones are
+  bool by_requests;       // rows that are prefetched are asked for in order too
   size_t in_features;
   size_t out_features;
   const T* weight;        // [out_features, in_features]
@@ -70,6 +70,7 @@ struct LinearRun {
   const uint32_t* index;  // [rows] row numbers into x and target, or null: rows 0, 1, 2, ...
   size_t rows;            // of all steps; the last batch may be smaller
   size_t rows_ahead;      // rows after these that may be read next
+  bool by_requests;       // rows in order are asked for ahead
   size_t batch_size;
   size_t in_features;
   bool has_bias;

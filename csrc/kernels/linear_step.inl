@@ -1,10 +1,9 @@
 // The fused training step of a linear layer with few outputs.
 //
-// Rows that the registers can hold are read once: dot product and gradient, then the next row; longer ones in order from memory too, unless
-// they are asked for, the dot product of one together with the gradient of the one before, or rows of two steps so. The others are visited
-// twice: dot
-// products of a block first, one accumulator vector for each row, then its gradient, some features at a time. All ways make the same
-// additions. Accumulates in T; sums of losses are returned in double.
+// Rows that the registers can hold are read once: dot product and gradient, then the next row; longer ones in order from memory too, the
+// dot product of one together with the gradient of the one before, or rows of two steps so. The others are visited twice: dot products of a
+// block first, one accumulator vector for each row, then its gradient, some features at a time. All ways make the same additions.
+// Accumulates in T; sums of losses are returned in double.
 
 namespace gdlib {
 namespace {
@@ -13,8 +12,9 @@ namespace {
 // (Of two steps at once part of that lies in L2, and they gain all the same.)
 constexpr size_t most_turn_bytes = 8 << 10;
 
-// Rows up to so many vectors are held in the registers (where there are 16, the compiler reads some again from L1).
-constexpr size_t most_row_vectors = 16;
+// Rows up to so many vectors are held in the registers (where there are 16, the compiler reads some again from L1). By lines those of more
+// than 8 are as fast in turns, and of more than 12 faster (100 features in float64 35 GB/s for 31, a core of Zen 5).
+constexpr size_t most_row_vectors = 16, most_row_vectors_by_lines = 8;
 
 constexpr size_t most_outputs = few_outputs - 1, most_outputs_together = 3;  // of one step, and of two that take turns
 
@@ -155,65 +155,6 @@ inline void block_in_registers_of(size_t vectors, Block<T>& block, size_t in_fea
     block_in_registers_of<Most - 1, Ahead>(vectors, block, in_features, ahead, weight, bias, accumulate, gradient);
 }
 
-// The same for longer rows from memory: the dot product of a row together with the gradient of the row before it, which is in L1 then, so
-// that reading from memory does not pause. N blocks with equally many rows at once, each for a section of its own. Asks for what lies
-// `ahead` elements further on.
-template <int N, class T>
-inline void blocks_in_turns(Block<T> (&block)[N], size_t in_features, size_t ahead, const T* weight, T bias,
-                            const Section<T> (&section)[N]) {
-  constexpr size_t w = lanes<T>;
-  Vector<T> factor[N];  // of the row before
-  for (int n = 0; n < N; ++n) {
-    factor[n] = zero<T>();
-    for (size_t j = 0; section[n].begins && j < in_features; j += w) store(section[n].sums + j, zero<T>());
-  }
-  const auto turn = [&](size_t l, auto dot, auto gradient_before) __attribute__((always_inline)) {
-    const T *row[N], *before[N];
-    Vector<T> products[N];
-    for (int n = 0; n < N; ++n) {
-      row[n] = block[n].row[dot.value ? l : l - 1];
-      before[n] = block[n].row[gradient_before.value ? l - 1 : l];
-      products[n] = zero<T>();
-    }
-    const auto visit = [&](size_t j, const auto& read) __attribute__((always_inline)) {
-      if (dot.value) {
-        const Vector<T> weights = read(weight + j);
-#pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) {
-          __builtin_prefetch(row[n] + j + ahead, 0, 2);
-          products[n] = fma(read(row[n] + j), weights, products[n]);
-        }
-      }
-      if (!gradient_before.value) return;
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) {
-        T* const sums = section[n].sums + j;
-        store(sums, fma(read(before[n] + j), factor[n], load(sums)));
-      }
-    };
-    size_t j = 0;
-    for (; j + w <= in_features; j += w) visit(j, load<T>);
-    if (j < in_features) visit(j, [&](const T* p) { return load_partial(p, in_features - j); });
-    if (!dot.value) return;
-    for (int n = 0; n < N; ++n) {
-      T& residual = block[n].factor[l];
-      residual = sum_lanes<T>(products[n]) + bias - residual;
-      factor[n] = broadcast(SquaredError::gradient(residual));
-    }
-  };
-  const size_t rows = block[0].present;
-  turn(0, Constant<true>{}, Constant<false>{});
-  for (size_t l = 1; l < rows; ++l) turn(l, Constant<true>{}, Constant<true>{});
-  turn(rows, Constant<false>{}, Constant<true>{});
-  for (int n = 0; n < N; ++n)
-    for (size_t j = 0; section[n].ends && j < in_features; j += w) {
-      const size_t count = in_features - j;
-      T* const gradient = section[n].gradient + j;
-      const Vector<T> sum = load(section[n].sums + j);
-      store_up_to(gradient, section[n].accumulate ? sum + load_up_to(gradient, count) : sum, count);
-    }
-}
-
 // Asks for the rows of a block from `first` on: those for which the block before it has none to do so along with.
 template <class T>
 inline void fetch_rows(const Block<T>& block, size_t first, size_t in_features) {
@@ -230,11 +171,16 @@ inline size_t vectors_of(const LinearStep<T>& s) {
 
 // Rows from memory, one behind the other, that are read once: just so the processor's prefetching keeps more lines on their way than
 // requests for single ones do (25 to 28 GB/s for a core of AMD's Zen 4, with requests 20). Shuffled rows are better asked for a block at a
-// time, and so are long ones where requests gain.
+// time.
 template <class T>
 inline bool reads_in_order(const LinearStep<T>& s) {
-  const bool in_registers = vectors_of(s) <= most_row_vectors;
-  return s.prefetch && !s.index && s.in_features > 0 && s.in_features * sizeof(T) <= most_turn_bytes && (in_registers || !s.by_requests);
+  return s.prefetch && !s.index && s.in_features > 0 && s.in_features * sizeof(T) <= most_turn_bytes;
+}
+
+// Whether rows in order are read by whole lines.
+template <class T>
+inline bool reads_by_lines(const LinearStep<T>& s) {
+  return lane_bytes == 64 && s.by_requests;
 }
 
 // Whether rows that are held in registers are better asked for ahead: with AVX-512 a core of Zen 4 reads those of several whole lines 1.05
@@ -250,7 +196,9 @@ inline bool asks_in_order(const LinearStep<T>& s) {
 // `sums` has a place for each output.
 template <int N, class T>
 size_t visit_in_turns(const LinearStep<T>* const (&s)[N], size_t first, double* losses, Sums<T>* const (&sums)[N]) {
-  const size_t in = s[0]->in_features, out = s[0]->out_features, ahead = elements_ahead<T>(in, s[0]->x_stride);
+  const bool by_lines = reads_by_lines(*s[0]);
+  const size_t in = s[0]->in_features, out = s[0]->out_features;
+  const size_t ahead = by_lines ? elements_ahead_by_lines<T>(in, s[0]->x_stride) : elements_ahead<T>(in, s[0]->x_stride);
   const size_t section_rows = rows_of_section<T>(in), block_rows = out == 1 ? section_rows : Block<T>::rows_for(in);
   Block<T> block[N];
   for (;; first += section_rows) {
@@ -269,7 +217,10 @@ size_t visit_in_turns(const LinearStep<T>* const (&s)[N], size_t first, double* 
           block_targets(*s[n], first + begin, o, block[n]);
           section[n] = {begin == 0, ends, first != 0, sums[n][o].gradient, s[n]->weight_gradient + o * in};
         }
-        blocks_in_turns(block, in, o == 0 ? ahead : 0, s[0]->weight + o * in, s[0]->bias ? s[0]->bias[o] : T(0), section);
+        const auto visit = [&](auto lines) {
+          blocks_in_turns<lines.value>(block, in, o == 0 ? ahead : 0, s[0]->weight + o * in, s[0]->bias ? s[0]->bias[o] : T(0), section);
+        };
+        by_lines ? visit(Constant<N == 1 && lane_bytes == 64>{}) : visit(Constant<false>{});
         for (int n = 0; n < N; ++n) {
           T* const bias_gradient = s[n]->bias_gradient ? s[n]->bias_gradient + o : nullptr;
           const auto residual_of = [&](size_t l) { return load(block[n].factor + l); };
@@ -291,7 +242,8 @@ double linear_step(const LinearStep<T>& s) {
   const size_t vectors = vectors_of(s);
   const bool in_order = reads_in_order(s);
   const bool gains = vectors == 1 || (vectors >= 4 && 2 * vectors <= vector_registers);
-  const bool in_registers = in_order ? vectors <= most_row_vectors : !s.prefetch && gains;
+  const size_t most_held = reads_by_lines(s) ? most_row_vectors_by_lines : most_row_vectors;
+  const bool in_registers = in_order ? vectors <= most_held : !s.prefetch && gains;
   const bool asks = in_order && asks_in_order(s);
   double loss = 0;
   Sums<T> sums[most_outputs];

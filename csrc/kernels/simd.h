@@ -233,6 +233,29 @@ struct Lane {
 };
 #endif
 
+// A vector's lanes of two vectors side by side, from one on that is chosen at run time.
+template <class T>
+struct Window;
+#if defined(__AVX512F__)
+template <>
+struct Window<float> {
+  __m512i lane;
+  explicit Window(size_t first)
+      : lane(_mm512_add_epi32(_mm512_set1_epi32((int)first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))) {}
+  Vector<float> of(Vector<float> low, Vector<float> high) const {
+    return (Vector<float>)_mm512_permutex2var_ps((__m512)low, lane, (__m512)high);
+  }
+};
+template <>
+struct Window<double> {
+  __m512i lane;
+  explicit Window(size_t first) : lane(_mm512_add_epi64(_mm512_set1_epi64((long long)first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7))) {}
+  Vector<double> of(Vector<double> low, Vector<double> high) const {
+    return (Vector<double>)_mm512_permutex2var_pd((__m512d)low, lane, (__m512d)high);
+  }
+};
+#endif
+
 // The compiler has to take the array for changed: what is read from it next comes from memory.
 template <class T, size_t N>
 inline void keep_in_memory(T (&array)[N]) {

@@ -8,6 +8,7 @@
 #include "vectors.inl"
 #include "linear.inl"
 #include "linear_forward.inl"
+#include "linear_turns.inl"
 #include "linear_step.inl"
 #include "linear_run.inl"
 #include "shuffle.inl"
