@@ -122,7 +122,7 @@ bool linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_f
     parallel_for(ceil_divide(rows, task_rows), threads_for(cycles_of(rows, in_features, out_features)), [&](std::size_t task, std::size_t) {
       const std::size_t begin = task * task_rows, count = std::min(task_rows, rows - begin);
       kernel.linear_forward(count, in_features, out_features, x + begin * x_stride, x_stride, weight, bias, y + begin * out_features,
-                            from_memory);
+                            from_memory, gains_by_requests());
       if (to_finish) finish(Block<T>{begin, count, 0, out_features, y + begin * out_features, out_features});
     });
   }

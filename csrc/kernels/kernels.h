@@ -154,9 +154,9 @@ struct KernelTable {
   void (*gemm_pack_rows)(size_t depth, size_t width, const T* source, size_t depth_stride, T* panel);
 
   // y[rows, out] = x[rows, in] weight[out, in]^T + bias[out], for few outputs. A row's value does not depend on the other rows.
-  // `from_memory`: x comes from beyond the caches.
+  // `from_memory`: x comes from beyond the caches, and is asked for ahead more often `by_requests`.
   void (*linear_forward)(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride, const T* weight,
-                         const T* bias, T* y, bool from_memory);
+                         const T* bias, T* y, bool from_memory, bool by_requests);
 
   // weight_gradient[out, in] += g[rows, out]^T x[rows, in]; bias_gradient[out] += column sums of g (null: skipped). For few outputs.
   void (*linear_gradient)(size_t rows, size_t in_features, size_t out_features, const T* g, const T* x, size_t x_stride,

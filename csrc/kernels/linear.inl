@@ -44,25 +44,21 @@ inline size_t elements_ahead(size_t in_features, size_t x_stride) {
   return ((16 << 10) / ((in_features > 0 ? in_features : 1) * sizeof(T)) + 1) * x_stride;
 }
 
-// Lane l of the result: row[l] . weight, one accumulator vector for each row.
-template <class T>
-inline Vector<T> group_dot(const T* const* row, size_t in_features, const T* weight) {
+// Lane l of the result: row[l] . weight, one accumulator vector for each row. Ahead: asks for what lies `ahead` elements further on.
+template <bool Ahead = false, class T>
+inline Vector<T> group_dot(const T* const* row, size_t in_features, const T* weight, size_t ahead = 0) {
   constexpr int w = (int)lanes<T>;
   Vector<T> sum[w];
 #pragma GCC unroll 16
   for (int l = 0; l < w; ++l) sum[l] = zero<T>();
-  size_t j = 0;
-  for (; j + w <= in_features; j += w) {
-    const Vector<T> wj = load(weight + j);
+  each_vector<T>(in_features, [&](size_t j, size_t count) __attribute__((always_inline)) {
+    const Vector<T> wj = load_up_to(weight + j, count);
 #pragma GCC unroll 16
-    for (int l = 0; l < w; ++l) sum[l] = fma(load(row[l] + j), wj, sum[l]);
-  }
-  if (j < in_features) {
-    const size_t tail = in_features - j;
-    const Vector<T> wj = load_partial(weight + j, tail);
-#pragma GCC unroll 16
-    for (int l = 0; l < w; ++l) sum[l] = fma(load_partial(row[l] + j, tail), wj, sum[l]);
-  }
+    for (int l = 0; l < w; ++l) {
+      if (Ahead) __builtin_prefetch(row[l] + j + ahead, 0, 3);
+      sum[l] = fma(load_up_to(row[l] + j, count), wj, sum[l]);
+    }
+  });
   return sum_each<0, w>([&](int l) { return sum[l]; });
 }
 

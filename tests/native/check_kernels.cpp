@@ -40,11 +40,12 @@ void check_layer(std::size_t rows, std::size_t in, std::size_t out) {
   const auto x = numbers<T>(rows * in, 1), w = numbers<T>(out * in, 2), b = numbers<T>(out, 3), g = numbers<T>(rows * out, 4);
   std::vector<T> y(rows * out), gw(out * in), gb(out), gx(rows * in);
   gdlib::linear_forward<T>(rows, in, out, x.data(), in, w.data(), b.data(), y.data());
-  if (out < gdlib::few_outputs && in > 0) {
-    std::vector<T> in_order(rows * out);
-    gdlib::table<T>().linear_forward(rows, in, out, x.data(), in, w.data(), b.data(), in_order.data(), true);
-    const bool same = std::memcmp(y.data(), in_order.data(), y.size() * sizeof(T)) == 0;
-    expect(same, "in order " + std::to_string(rows) + " x " + std::to_string(in));
+  for (const bool by_requests : {false, true}) {
+    if (out >= gdlib::few_outputs) break;
+    std::vector<T> from_memory(rows * out);
+    gdlib::table<T>().linear_forward(rows, in, out, x.data(), in, w.data(), b.data(), from_memory.data(), true, by_requests);
+    const bool same = std::memcmp(y.data(), from_memory.data(), y.size() * sizeof(T)) == 0;
+    expect(same, "from memory " + std::to_string(rows) + " x " + std::to_string(in));
   }
   gdlib::linear_input_gradient<T>(rows, in, out, g.data(), w.data(), gx.data());
   gdlib::linear_weight_gradient<T>(rows, in, out, g.data(), x.data(), in, true, gw.data(), gb.data());
@@ -285,7 +286,7 @@ void check_kernels() {
   }
   for (std::size_t rows : {3, 4, 6, 7, 8}) check_layer<T>(rows, 37, 45);  // weights that are transposed in registers, or laid out anew
   for (std::size_t rows : {1, 2, 3, 4}) check_layer<T>(rows, 201, 91);    // by two vectors, one and a part of one, and steps that are left
-  for (std::size_t in : {100, 512, 1023, 1024}) check_layer<T>(37, in, 1);  // read in order, but for the longest
+  for (std::size_t in : {100, 512, 1023, 1024}) check_layer<T>(37, in, 1);  // from memory in order, by requests the longest too
   check_layer<T>(130, 300, 100);  // several blocks of depth and rows
   check_layer<T>(7, 1100, 75);    // by whole rows in blocks of columns and depth
   check_layer<T>(5, 1024, 20);    // the same of rows that fall on one set of L1
