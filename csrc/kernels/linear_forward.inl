@@ -105,8 +105,8 @@ __attribute__((noinline)) Vector<T> dots_in_order(const T* const* row, size_t in
   return sum_each<0, w>([&](int l) { return sum[l]; });
 }
 
-// The same of a group of rows from memory. By requests into L1 a core of Zen 5 reads 5 to 10 % faster than into L2, and shorter rows side by
-// side at 31 to 34 GB/s for 6 to 28 (10 features 31 for 6).
+// The same of a group of rows from memory. By requests into L1 a core of Zen 5 reads 5 to 10 % faster than into L2, and shorter rows side
+// by side at 12 to 34 GB/s for 5 to 28 (10 features 29 for 6).
 template <class T>
 inline Vector<T> dots_from_memory(const T* const* row, size_t in_features, size_t ahead, const T* weight, bool by_requests) {
   const bool in_order = better_in_order<T>(in_features, by_requests);
