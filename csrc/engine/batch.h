@@ -20,7 +20,7 @@ struct Batch {
   std::size_t rows_ahead;  // further rows behind these
   bool prefetch;             // the data set is larger than a core's caches
   bool from_memory;          // and than the one that cores share
-  bool by_requests = false;  // what is prefetched is asked for in order too: gains_by_requests()
+  bool by_requests = false;  // in order too, and by whole lines where vectors are lines: gains_by_requests()
 
   bool scattered() const { return index && prefetch; }  // over memory
 };

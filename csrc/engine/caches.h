@@ -12,9 +12,9 @@ std::size_t l2_bytes();
 // Bytes of the L3 that cores share; where the system does not say, 32 MiB. Nothing that it decides may show in the bits of a result.
 std::size_t l3_bytes();
 
-// Whether a core reads in order from memory faster if it asks for lines of some KiB ahead than if it leaves that to its own prefetching:
-// AMD's Zen 5 (and, not measured, later ones), whose descents of 1,000 features read 25 GB/s for 20 so, while Zen 4 reads 21 for 25. Not
-// shown in the bits either.
+// Whether a core reads in order from memory faster if it asks for lines of some KiB ahead than if it leaves that to its own prefetching,
+// and, where vectors are lines, if it loads them whole: AMD's Zen 5 (and, not measured, later ones), of 100 features 36 GB/s for 21 and of
+// 1,000 36 for 20 to 23. Zen 4 loses by requests (21 GB/s for 25), and was not measured by whole lines. Not shown in the bits either.
 bool gains_by_requests();
 
 }  // namespace gdlib

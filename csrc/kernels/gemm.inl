@@ -213,6 +213,7 @@ inline void transposed_columns(const GemmTile<T>& t, size_t k) {
     if (behind == 0 || d < whole) steps(0, d, w, Constant<true>{});
     if (Together > 1 && d >= behind) steps(Together - 1, d - behind, w, Constant<true>{});
   }
+#pragma GCC unroll 2
   for (int c = 0; c < Together; ++c)
     for (size_t d = whole; d < t.depth; d += w) steps(c, d, t.depth - d < w ? t.depth - d : w, Constant<false>{});
   for (int c = 0; c < Together; ++c)

@@ -50,7 +50,7 @@ struct LinearStep {
   size_t rows_ahead;      // how many these are
   bool prefetch;          // x is larger than a core's caches: see to it that the next rows are fetched while these are in work
   bool from_memory;       // and than the one that cores share
-  bool by_requests;       // rows that are prefetched are asked for in order too
+  bool by_requests;       // rows in order are asked for too, and with vectors of a line long ones are read by whole lines
   size_t in_features;
   size_t out_features;
   const T* weight;        // [out_features, in_features]
@@ -70,7 +70,7 @@ struct LinearRun {
   const uint32_t* index;  // [rows] row numbers into x and target, or null: rows 0, 1, 2, ...
   size_t rows;            // of all steps; the last batch may be smaller
   size_t rows_ahead;      // rows after these that may be read next
-  bool by_requests;       // rows in order are asked for ahead
+  bool by_requests;       // rows in order are asked for ahead, unless they are extended
   size_t batch_size;
   size_t in_features;
   bool has_bias;
@@ -154,7 +154,7 @@ struct KernelTable {
   void (*gemm_pack_rows)(size_t depth, size_t width, const T* source, size_t depth_stride, T* panel);
 
   // y[rows, out] = x[rows, in] weight[out, in]^T + bias[out], for few outputs. A row's value does not depend on the other rows.
-  // `from_memory`: x comes from beyond the caches, and is asked for ahead more often `by_requests`.
+  // `from_memory`: x comes from beyond the caches; `by_requests`: then its rows are asked for ahead, however long they are.
   void (*linear_forward)(size_t rows, size_t in_features, size_t out_features, const T* x, size_t x_stride, const T* weight,
                          const T* bias, T* y, bool from_memory, bool by_requests);
 

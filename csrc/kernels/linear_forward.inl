@@ -88,7 +88,8 @@ __attribute__((noinline)) void forward_of_few_rows(size_t rows, size_t in_featur
 
 // Rows from memory, one behind the other, of at least two lines, which are read in order all the same, and of less than a page, from which
 // on each is a sequence that prefetchers follow: a core reads them one by one at 17 to 23 GB/s and side by side at 9 to 16, two cores at 25
-// to 33 and 17 to 27. By requests, up to two pages: rows of one or two, side by side, fall on one set of L1 (34 to 38 GB/s for 27 to 30).
+// to 33 and 17 to 27. By requests, up to two pages: rows of just one or two fall on one set of L1 side by side (34 to 38 GB/s in order for
+// 27 to 30, others as fast).
 template <class T>
 inline bool better_in_order(size_t in_features, bool by_requests) {
   constexpr size_t least = 128, page = 4096;
@@ -105,8 +106,8 @@ __attribute__((noinline)) Vector<T> dots_in_order(const T* const* row, size_t in
   return sum_each<0, w>([&](int l) { return sum[l]; });
 }
 
-// The same of a group of rows from memory. By requests into L1 a core of Zen 5 reads 5 to 10 % faster than into L2, and shorter rows side
-// by side at 12 to 34 GB/s for 5 to 28 (10 features 29 for 6).
+// The same of a group of rows from memory. By requests into L1 a core of Zen 5 reads in order 5 to 10 % faster than into L2, and side by
+// side rows of 16 to 127 bytes at 12 to 34 GB/s for 5 to 27 (10 features 29 for 6).
 template <class T>
 inline Vector<T> dots_from_memory(const T* const* row, size_t in_features, size_t ahead, const T* weight, bool by_requests) {
   const bool in_order = better_in_order<T>(in_features, by_requests);

@@ -52,7 +52,7 @@ size_t linear_run_of(const LinearRun<T>& run) {
   // less than a line lie close together (0.8 times the time without).
   constexpr size_t ahead = 64;
   constexpr bool asks = Indexed && (!Extended || Vectors * lane_bytes >= 64);
-  const size_t asked_ahead = elements_ahead<T>(run.in_features, 1);
+  const size_t rows_asked_ahead = elements_ahead<T>(run.in_features, 1);
   const size_t known = run.rows + run.rows_ahead, last = run.in_features > 0 ? run.in_features - 1 : 0;
   // Of additions to the gradient: latency (4) over their number hides behind the loads. Four of two vectors are more than 16 registers hold
   // (3 to 7 % slower).
@@ -106,10 +106,11 @@ size_t linear_run_of(const LinearRun<T>& run) {
         }
       }
       if (!Indexed && !Extended && run.by_requests) {
-        const size_t from = first + asked_ahead;
+        const size_t from = first + rows_asked_ahead;
         __builtin_prefetch(run.target + from, 0, 3);
 #pragma GCC unroll 16
         for (int l = 0; l < w; ++l) {
+          if (!whole.value && (size_t)l >= present) break;
           const T* const x = run.x + (from + l) * run.x_stride;
 #pragma GCC unroll 4
           for (int v = 0; v < Vectors; ++v)

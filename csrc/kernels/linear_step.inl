@@ -13,14 +13,14 @@ namespace {
 constexpr size_t most_turn_bytes = 8 << 10;
 
 // Rows up to so many vectors are held in the registers (where there are 16, the compiler reads some again from L1). By lines those of more
-// than 8 are as fast in turns, and of more than 12 faster (100 features in float64 35 GB/s for 31, a core of Zen 5).
+// than 8 are as fast in turns, and of more than 12 faster (100 features in float64 34 GB/s for 31, a core of Zen 5).
 constexpr size_t most_row_vectors = 16, most_row_vectors_by_lines = 8;
 
 constexpr size_t most_outputs = few_outputs - 1, most_outputs_together = 3;  // of one step, and of two that take turns
 
-// Rows of a section: those of a block or, of rows that may be read in turns, of as many blocks as make up 64 rows at most. One output reads
-// such rows from memory once, they do not have to stay in L1, and what a section costs at its ends, a turn that reads no row and a pass
-// over the gradient, is rare.
+// Rows of a section: those of a block or, of rows that are always read in turns, of as many blocks as make up 64 rows at most. One output
+// reads such rows from memory once, they do not have to stay in L1, and what a section costs at its ends, a turn that reads no row and a
+// pass over the gradient, is rare. Sections show in the bits, so that the processor must not decide on them.
 template <class T>
 inline size_t rows_of_section(size_t in_features) {
   const size_t block = Block<T>::rows_for(in_features);
@@ -184,8 +184,8 @@ inline bool reads_by_lines(const LinearStep<T>& s) {
 }
 
 // Whether rows that are held in registers are better asked for ahead: with AVX-512 a core of Zen 4 reads those of several whole lines 1.05
-// to 1.25 times as fast without (100 features 22 GB/s for 18.5, 256 25 for 20) and shorter ones as fast either way; one of Zen 5 gains half
-// by it (100 features 29 GB/s for 19), as one of Zen 3 does (elements_ahead).
+// to 1.25 times as fast without (100 features 22 GB/s for 18.5, 256 25 for 20) and shorter ones as fast either way; one of Zen 5 gains by
+// it (100 features 36 GB/s for 21), as one of Zen 3 does (elements_ahead).
 template <class T>
 inline bool asks_in_order(const LinearStep<T>& s) {
   return lane_bytes < 64 || vectors_of(s) < 4 || s.by_requests;

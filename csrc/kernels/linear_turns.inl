@@ -4,18 +4,18 @@
 namespace gdlib {
 namespace {
 
-// The vectors of a row of more than three, one after the other, from lines that are loaded whole: the row need not begin with one, and a
-// vector that lies on two lines costs a core of Zen 5 more than a permutation (1,000 features from memory 37 GB/s for 20 to 28).
+// The vectors of a row of two at least, from the second on, by lines that are loaded whole: the row need not begin with one, and vectors
+// that lie on two lines cost a core of Zen 5 more than permutations (1,000 features from memory 36 GB/s for 20 to 23).
 template <class T>
 class RowByLines {
  public:
   RowByLines(const T* row, size_t in_features) : RowByLines(row, in_features, (uintptr_t)row % lane_bytes / sizeof(T)) {}
 
-  const size_t end;  // element where the first vector begins that lies on a line that the row does not fill
+  const size_t end;  // an element: for a vector that begins there, or behind it, `next` would load a line that the row does not fill
 
-  // The vector from element j on. The first call is for the second vector, the next ones follow.
+  // The vector from element j on: that of the second vector first, then the ones behind it.
   Vector<T> next(size_t j) {
-    const Vector<T> line = load(line_ + j + w), vector = window_.of(last_, line);
+    const Vector<T> line = load(second_line_ + j), vector = window_.of(last_, line);
     last_ = line;
     return vector;
   }
@@ -24,9 +24,9 @@ class RowByLines {
   static constexpr size_t w = lanes<T>;
 
   RowByLines(const T* row, size_t in_features, size_t lane)
-      : end((lane + in_features) / w * w - w), line_(row - lane), window_(lane), last_(load(line_ + w)) {}
+      : end((lane + in_features) / w * w - w), second_line_(row + (w - lane)), window_(lane), last_(load(second_line_)) {}
 
-  const T* line_;  // that holds the row's first element
+  const T* second_line_;  // the one behind that of the row's first element
   Window<T> window_;
   Vector<T> last_;
 };
@@ -34,13 +34,13 @@ class RowByLines {
 // How far ahead rows by lines are asked for, into L1: the nearest to 8 KiB (4 and 16 KiB are 5 to 20 % slower).
 template <class T>
 inline size_t elements_ahead_by_lines(size_t in_features, size_t x_stride) {
-  const size_t row_bytes = in_features * sizeof(T), rows = ((8 << 10) + row_bytes / 2) / row_bytes;
-  return (rows > 0 ? rows : 1) * x_stride;
+  const size_t row_bytes = in_features * sizeof(T);  // up to 8 KiB
+  return ((8 << 10) + row_bytes / 2) / row_bytes * x_stride;
 }
 
 // The residuals and the gradient of a block's rows, bit by bit those of group_dot and block_gradient. N blocks with equally many rows at
 // once, each for a section of its own: factor[l] of a block holds a target and becomes the residual. Asks for what lies `ahead` elements
-// further on.
+// further on. Lines: rows are read by whole lines, of one block, and asked for into L1.
 template <bool Lines, int N, class T>
 inline void blocks_in_turns(Block<T> (&block)[N], size_t in_features, size_t ahead, const T* weight, T bias,
                             const Section<T> (&section)[N]) {

@@ -45,7 +45,25 @@ void check_layer(std::size_t rows, std::size_t in, std::size_t out) {
     std::vector<T> from_memory(rows * out);
     gdlib::table<T>().linear_forward(rows, in, out, x.data(), in, w.data(), b.data(), from_memory.data(), true, by_requests);
     const bool same = std::memcmp(y.data(), from_memory.data(), y.size() * sizeof(T)) == 0;
-    expect(same, "from memory " + std::to_string(rows) + " x " + std::to_string(in));
+    expect(same, std::string(by_requests ? "by requests " : "from memory ") + std::to_string(rows) + " x " + std::to_string(in));
+  }
+  for (const bool in_cache : {false, true}) {
+    if (out < gdlib::few_outputs || rows > std::min(gdlib::most_tile_rows, gdlib::table<T>().transposed_rows)) break;
+    std::vector<T> transposed(rows * out);
+    gdlib::GemmTile<T> tile{};
+    tile.depth = in;
+    tile.a = x.data();
+    tile.a_row_stride = in;
+    tile.a_depth_stride = 1;
+    tile.b = w.data();
+    tile.b_stride = in;
+    tile.b_in_cache = in_cache;
+    tile.start = b.data();
+    tile.c = transposed.data();
+    tile.c_stride = tile.columns = out;
+    gdlib::table<T>().gemm_transposed[rows - 1](tile);
+    const bool same = std::memcmp(y.data(), transposed.data(), y.size() * sizeof(T)) == 0;
+    expect(same, "transposed " + std::to_string(rows) + " x " + std::to_string(in) + " x " + std::to_string(out));
   }
   gdlib::linear_input_gradient<T>(rows, in, out, g.data(), w.data(), gx.data());
   gdlib::linear_weight_gradient<T>(rows, in, out, g.data(), x.data(), in, true, gw.data(), gb.data());
@@ -90,16 +108,17 @@ void check_step(std::size_t rows, std::size_t in, std::size_t out) {
   expect(good, "step " + std::to_string(rows) + " x " + std::to_string(in) + " x " + std::to_string(out));
 
   // Neither an index nor where the rows come from shows in the bits, but for the order in which it puts them.
-  std::vector<T> x_there(x.size()), y_there(y.size());
+  const std::size_t stride = in + 3;
+  std::vector<T> x_there(rows * stride), y_there(y.size());
   for (std::size_t r = 0; r < rows; ++r) {
-    std::copy_n(x.data() + order[r] * in, in, x_there.data() + r * in);
+    std::copy_n(x.data() + order[r] * in, in, x_there.data() + r * stride);
     std::copy_n(y.data() + order[r] * out, out, y_there.data() + r * out);
   }
   good = true;
   for (const bool indexed : {false, true})
     for (const int past_caches : {0, 1, 2, 3}) {  // none, those of a core, all, all by requests
       const gdlib::Batch<T> same{indexed ? x.data() : x_there.data(),
-                                 in,
+                                 indexed ? in : stride,
                                  indexed ? y.data() : y_there.data(),
                                  indexed ? order.data() : nullptr,
                                  rows,
