@@ -179,8 +179,9 @@ void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size
     const KernelTable<T>& kernel = table<T>();
     const std::size_t task_rows = rows_per_task(in_features, out_features, sizeof(T));
     const std::size_t tasks = ceil_divide(rows, task_rows);
+    const bool by_requests = gains_by_requests() && rows * in_features * sizeof(T) > l3_bytes() / 4;  // as linear_forward
     if (tasks <= 1) {
-      kernel.linear_gradient(rows, in_features, out_features, g, x, x_stride, weight_gradient, bias_gradient);
+      kernel.linear_gradient(rows, in_features, out_features, g, x, x_stride, weight_gradient, bias_gradient, false);
     } else {
       const std::size_t n = weights + out_features;
       AlignedVector<T> partials(tasks * n, T(0));
@@ -188,7 +189,8 @@ void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size
         const std::size_t begin = task * task_rows;
         T* const partial = partials.data() + task * n;
         kernel.linear_gradient(std::min(task_rows, rows - begin), in_features, out_features, g + begin * out_features,
-                               x + begin * x_stride, x_stride, partial, bias_gradient ? partial + weights : nullptr);
+                               x + begin * x_stride, x_stride, partial, bias_gradient ? partial + weights : nullptr,
+                               by_requests);
       });
       AlignedVector<T> total(n);
       sum_partials(tasks, n, partials.data(), false, total.data());

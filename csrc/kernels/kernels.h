@@ -159,8 +159,9 @@ struct KernelTable {
                          const T* bias, T* y, bool from_memory, bool by_requests);
 
   // weight_gradient[out, in] += g[rows, out]^T x[rows, in]; bias_gradient[out] += column sums of g (null: skipped). For few outputs.
+  // `by_requests`: rows of less than a page are asked for ahead.
   void (*linear_gradient)(size_t rows, size_t in_features, size_t out_features, const T* g, const T* x, size_t x_stride,
-                          T* weight_gradient, T* bias_gradient);
+                          T* weight_gradient, T* bias_gradient, bool by_requests);
 
   // input_gradient[rows, in] = g[rows, out] weight[out, in], for few outputs, at least one.
   void (*linear_input_gradient)(size_t rows, size_t in_features, size_t out_features, const T* g, const T* weight, T* input_gradient);

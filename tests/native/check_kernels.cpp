@@ -47,6 +47,17 @@ void check_layer(std::size_t rows, std::size_t in, std::size_t out) {
     const bool same = std::memcmp(y.data(), from_memory.data(), y.size() * sizeof(T)) == 0;
     expect(same, std::string(by_requests ? "by requests " : "from memory ") + std::to_string(rows) + " x " + std::to_string(in));
   }
+  if (out < gdlib::few_outputs) {
+    std::vector<T> weights[2], biases[2];
+    for (const bool by_requests : {false, true}) {
+      weights[by_requests].assign(out * in, T(0));
+      biases[by_requests].assign(out, T(0));
+      gdlib::table<T>().linear_gradient(rows, in, out, g.data(), x.data(), in, weights[by_requests].data(), biases[by_requests].data(),
+                                        by_requests);
+    }
+    const bool same = weights[0] == weights[1] && biases[0] == biases[1];
+    expect(same, "gradient by requests " + std::to_string(rows) + " x " + std::to_string(in) + " x " + std::to_string(out));
+  }
   for (const bool in_cache : {false, true}) {
     if (out < gdlib::few_outputs || rows > std::min(gdlib::most_tile_rows, gdlib::table<T>().transposed_rows)) break;
     std::vector<T> transposed(rows * out);
@@ -305,6 +316,8 @@ void check_kernels() {
   }
   for (std::size_t rows : {3, 4, 6, 7, 8}) check_layer<T>(rows, 37, 45);  // weights that are transposed in registers, or laid out anew
   for (std::size_t rows : {1, 2, 3, 4}) check_layer<T>(rows, 201, 91);    // by two vectors, one and a part of one, and steps that are left
+  for (std::size_t in : {5, 40, 100, 512})
+    for (std::size_t out : {1, 2, 3}) check_layer<T>(500, in, out);  // several blocks, of which the first are followed by as many rows
   for (std::size_t in : {100, 512, 1023, 1024}) check_layer<T>(37, in, 1);  // from memory in order, by requests the longest too
   check_layer<T>(130, 300, 100);  // several blocks of depth and rows
   check_layer<T>(7, 1100, 75);    // by whole rows in blocks of columns and depth
