@@ -13,6 +13,12 @@
 namespace gdlib {
 namespace {
 
+// Whether rows are read from memory. Others use L3 too: those within a quarter of it are still there when they are read again.
+template <class T>
+bool come_from_memory(std::size_t rows, std::size_t in_features) {
+  return rows * in_features * sizeof(T) > l3_bytes() / 4;
+}
+
 // c[rows, cols] (+)= a product of few columns, computed as the transposed one, of few rows: its vectors are full.
 template <class T>
 void gemm_of_few_columns(std::size_t rows, std::size_t cols, std::size_t depth, MatrixView<T> a, MatrixView<T> b, bool accumulate, T* c) {
@@ -117,8 +123,7 @@ bool linear_forward(std::size_t rows, std::size_t in_features, std::size_t out_f
     gemm(p);
   } else {
     const std::size_t task_rows = rows_per_task(in_features, out_features, sizeof(T));
-    // Others use L3 too: rows within a quarter of it are still there when they are read again.
-    const bool from_memory = rows * in_features * sizeof(T) > l3_bytes() / 4;
+    const bool from_memory = come_from_memory<T>(rows, in_features);
     parallel_for(ceil_divide(rows, task_rows), threads_for(cycles_of(rows, in_features, out_features)), [&](std::size_t task, std::size_t) {
       const std::size_t begin = task * task_rows, count = std::min(task_rows, rows - begin);
       kernel.linear_forward(count, in_features, out_features, x + begin * x_stride, x_stride, weight, bias, y + begin * out_features,
@@ -179,9 +184,9 @@ void linear_weight_gradient(std::size_t rows, std::size_t in_features, std::size
     const KernelTable<T>& kernel = table<T>();
     const std::size_t task_rows = rows_per_task(in_features, out_features, sizeof(T));
     const std::size_t tasks = ceil_divide(rows, task_rows);
-    const bool by_requests = gains_by_requests() && rows * in_features * sizeof(T) > l3_bytes() / 4;  // as linear_forward
+    const bool by_requests = gains_by_requests() && come_from_memory<T>(rows, in_features);
     if (tasks <= 1) {
-      kernel.linear_gradient(rows, in_features, out_features, g, x, x_stride, weight_gradient, bias_gradient, false);
+      kernel.linear_gradient(rows, in_features, out_features, g, x, x_stride, weight_gradient, bias_gradient, by_requests);
     } else {
       const std::size_t n = weights + out_features;
       AlignedVector<T> partials(tasks * n, T(0));
