@@ -44,6 +44,21 @@ std::size_t ask(int level, int name, std::size_t otherwise) {
   return bytes > 0 ? static_cast<std::size_t>(bytes) : otherwise;
 }
 
+// Or a later one.
+bool is_zen_5() {
+#ifdef __x86_64__
+  static const bool is = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ecx != signature_AMD_ecx) return false;
+    constexpr unsigned zen_5 = 0x1a;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ((eax >> 8) & 0xf) + ((eax >> 20) & 0xff) >= zen_5;  // the family, and its extension
+  }();
+  return is;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 std::size_t l2_bytes() {
@@ -56,18 +71,8 @@ std::size_t l3_bytes() {
   return bytes;
 }
 
-bool gains_by_requests() {
-#ifdef __x86_64__
-  static const bool gains = [] {
-    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ecx != signature_AMD_ecx) return false;
-    constexpr unsigned zen_5 = 0x1a;
-    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ((eax >> 8) & 0xf) + ((eax >> 20) & 0xff) >= zen_5;  // the family, and its extension
-  }();
-  return gains;
-#else
-  return false;
-#endif
-}
+bool gains_by_requests() { return is_zen_5(); }
+
+bool outruns_l2() { return is_zen_5(); }
 
 }  // namespace gdlib

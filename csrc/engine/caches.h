@@ -1,5 +1,5 @@
 // The sizes of this machine's caches: blocks of data are cut to the second level, and read from memory in other ways than from the third.
-// And how its cores are best made to read from memory.
+// And how its cores are best made to read from them.
 #pragma once
 
 #include <cstddef>
@@ -16,5 +16,9 @@ std::size_t l3_bytes();
 // and, where vectors are lines, if it loads them whole: AMD's Zen 5 (and, not measured, later ones), of 100 features 36 GB/s for 21 and of
 // 1,000 36 for 20 to 23. Zen 4 loses by requests (21 GB/s for 25), and was not measured by whole lines. Not shown in the bits either.
 bool gains_by_requests();
+
+// Whether two multiply-adds of vectors of a line in a cycle outrun L2, of which each four of them read a line: Zen 5. Shorter vectors, or one
+// multiply-add in a cycle as on a Zen 4, take half as many bytes.
+bool outruns_l2();
 
 }  // namespace gdlib
