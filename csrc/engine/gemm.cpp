@@ -37,8 +37,9 @@ constexpr std::size_t depth_copied = 8;
 // B is copied where no transposition is needed for at least so many tiles of rows: copies cost 12 % of 32 rows, 3 % of 128. One
 // within a fourth of L2 is read where it lies for up to 64: a copy would take up to 5 % longer, beyond either is as fast. With short steps,
 // if its rows do not begin with lines, so that vectors lie in two, it is for up to 8: with copies gradients of 180 random layers are 1.03
-// times as fast, up to 1.25 times (Zen 4).
-constexpr std::size_t tiles_to_pack_b = 3, tiles_to_pack_split_b = 9, tiles_to_pack_small_b = 65;
+// times as fast, up to 1.25 times (Zen 4). One whose rows fall on one set of L1 is for 2, as a small one whose rows fall on two (9 to 64
+// rows 1.07 times as fast in the mean, 0.9 to 1.33 times), but for one beyond an eighth of L3 (0.7 to 1.0 times; Zen 5).
+constexpr std::size_t tiles_to_pack_b = 3, tiles_to_pack_split_b = 9, tiles_to_pack_small_b = 65, tiles_to_pack_b_on_sets = 2;
 // Cycles for each element packed, a transposition (from L2), next to 2 multiply-adds of a vector in a cycle; and into a block beyond L2.
 constexpr double cycles_to_pack = 0.25, cycles_to_pack_shared = 0.5;
 // From tasks of so many cycles on, about 2 ms, each is cut in two, so that a core which is shared with others takes fewer of them. More
@@ -183,6 +184,9 @@ class Multiplication {
 
   // Tiles of rows from which on B is copied.
   std::size_t tiles_to_pack() const {
+    constexpr std::size_t way = 4096;  // of L1
+    const std::size_t apart = p_.b.row_stride * sizeof(T), bytes = p_.depth * p_.cols * sizeof(T);
+    if (small_b_ ? apart % (way / 2) == 0 : apart % way == 0 && bytes <= l3_bytes() / 8) return tiles_to_pack_b_on_sets;
     if (!small_b_) return tiles_to_pack_b;
     return short_steps_ && p_.b.row_stride % line != 0 ? tiles_to_pack_split_b : tiles_to_pack_small_b;
   }
