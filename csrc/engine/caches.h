@@ -17,8 +17,9 @@ std::size_t l3_bytes();
 // 1,000 36 for 20 to 23. Zen 4 loses by requests (21 GB/s for 25), and was not measured by whole lines. Not shown in the bits either.
 bool gains_by_requests();
 
-// Whether two multiply-adds of vectors of a line in a cycle outrun L2, of which each four of them read a line: Zen 5 (and, not measured,
-// later ones). Shorter vectors, or one multiply-add in a cycle as on a Zen 4, take half as many bytes.
+// Whether two multiply-adds in a cycle, of vectors of a line, outrun L2 where each four of them read a line of it: Zen 5 (and, not
+// measured, later ones and those of notebooks, which halve the vectors). Shorter vectors, or one multiply-add in a cycle as on a Zen 4,
+// take half as many bytes.
 bool outruns_l2();
 
 }  // namespace gdlib

@@ -37,7 +37,7 @@ constexpr std::size_t depth_copied = 8;
 // B is copied where no transposition is needed for at least so many tiles of rows: copies cost 12 % of 32 rows, 3 % of 128. One
 // within a fourth of L2 is read where it lies for up to 64: a copy would take up to 5 % longer, beyond either is as fast. With short steps,
 // if its rows do not begin with lines, so that vectors lie in two, it is for up to 8: with copies gradients of 180 random layers are 1.03
-// times as fast, up to 1.25 times (Zen 4). One whose rows fall on one set of L1 is for 2, as a small one whose rows fall on two (9 to 64
+// times as fast, up to 1.25 times (Zen 4). One whose rows fall on one set of L1 is for 2, as a small one whose rows fall on two (9 to 128
 // rows 1.07 times as fast in the mean, 0.9 to 1.33 times), but for one beyond an eighth of L3 (0.7 to 1.0 times; Zen 5).
 constexpr std::size_t tiles_to_pack_b = 3, tiles_to_pack_split_b = 9, tiles_to_pack_small_b = 65, tiles_to_pack_b_on_sets = 2;
 // Cycles for each element packed, a transposition (from L2), next to 2 multiply-adds of a vector in a cycle; and into a block beyond L2.

@@ -13,14 +13,15 @@ THREADS = range(1, 9)
 # (rows, in_features, out_features). A product has panels of up to 3 vectors and strips of up to 8 rows; a block of depth ends at 4 KiB of
 # a row, or where two panels fill half of L2; columns of A are laid out anew where its rows are a page or a multiple of 1 KiB apart, and
 # with AVX2 and scalar kernels where several blocks of panels read them from beyond L2; there 256 strips of a task's rows meet larger
-# blocks of B. A small B whose rows do not begin with lines is copied from 9 strips on there, others from 3 or 65 on. Up to 8 rows with
-# AVX-512, and 4 elsewhere, transpose weights in registers. Up to 12 rows, or 8 of a B whose rows are a multiple of a page apart, products
-# of up to 8 steps, and of up to 64 with a small B, are computed by whole rows in blocks of 16 KiB, of 8, 16 or 64 steps, but where
-# columns of A are a page apart. Work for threads begins at 60,000 cycles, or at 400,000 if they sleep; the rows of a gradient are cut
-# after 16,384. With fewer than 8 outputs a task has 512 KiB of x, at least 64 rows, and as many long rows as a vector has lanes, which
-# fill 16 KiB together, are read for 4 and for 2 outputs at once. In a gradient, rows are the depth and in_features the columns; with
-# fewer than 4 outputs, four rows are read at a time, and 2 KiB of their features. Sums over rows of more than 1 KiB read eight rows at a
-# time, and threads share the columns of 1 MB and more.
+# blocks of B. A small B whose rows do not begin with lines is copied from 9 strips on there, others from 3 or 65 on, but from 2 on where
+# its rows are a multiple of a page apart, or of half a page and it is small. Up to 8 rows with AVX-512, and 4 elsewhere, transpose
+# weights in registers. Up to 12 rows, or 8 of a B whose rows are a multiple of a page apart, products of up to 8 steps, and of up to 64
+# with a small B, are computed by whole rows in blocks of 16 KiB, of 8 to 64 steps, whose lines are in L1 together, but where columns of A
+# are a page apart. Work for threads begins at 60,000 cycles, or at 400,000 if they sleep; the rows of a gradient are cut after 16,384.
+# With fewer than 8 outputs a task has 512 KiB of x, at least 64 rows, and as many long rows as a vector has lanes, which fill 16 KiB
+# together, are read for 4 and for 2 outputs at once. In a gradient, rows are the depth and in_features the columns; with fewer than 4
+# outputs, four rows are read at a time, and 2 KiB of their features. Sums over rows of more than 1 KiB read eight rows at a time, and
+# threads share the columns of 1 MB and more.
 SHAPES = [
     (95, 255, 9),
     (96, 256, 8),
@@ -43,6 +44,11 @@ SHAPES = [
     (6, 1100, 300),
     (7, 2048, 40),
     (11, 1000, 200),
+    (13, 1024, 70),
+    (13, 512, 70),
+    (13, 256, 70),
+    (10, 256, 40),
+    (40, 1024, 20),
     (700, 400, 7),
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -108,6 +114,17 @@ def test_row_does_not_depend_on_its_batch(isa, dtype, in_features, out_features)
     for rows in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 95, 96, 97, 129):
         assert forward(x[:rows], weight, bias).tobytes() == batch[:rows].tobytes()
         assert forward(x[130 - rows :], weight, bias).tobytes() == batch[130 - rows :].tobytes()
+
+
+@pytest.mark.parametrize("out_features", [9, 40, 70])
+@pytest.mark.parametrize("in_features", [256, 512, 1024, 1100])  # the weights' rows fall on some sets of L1, or on all
+def test_input_gradient_of_a_row_does_not_depend_on_its_batch(isa, dtype, in_features, out_features):
+    x, weight, bias, rng = layer((130, in_features, out_features), dtype)
+    g = values(rng, (130, out_features), dtype)
+    batch = backward(g, x, weight, weight, bias)[2]
+    for rows in (1, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 64, 65, 129):
+        assert backward(g[:rows], x[:rows], weight, weight, bias)[2].tobytes() == batch[:rows].tobytes()
+        assert backward(g[130 - rows :], x[130 - rows :], weight, weight, bias)[2].tobytes() == batch[130 - rows :].tobytes()
 
 
 @pytest.mark.parametrize("in_features", [16, 1104])
