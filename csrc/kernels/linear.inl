@@ -155,7 +155,7 @@ inline void block_gradient(const Block<T>& block, const Block<T>& next, size_t i
 template <int Outputs, bool Ahead, class T>
 inline void block_gradients(const Block<T>& block, const Block<T>& next, const T (*factor)[Block<T>::most], size_t in_features,
                             T* gradient) {
-  constexpr size_t piece = 2048 / sizeof(T);
+  constexpr size_t piece = 2048 / sizeof(T);  // of three outputs 6 KiB of sums, next to four rows' 8 KiB
   T sums[Outputs][piece] __attribute__((aligned(lane_bytes)));
   for (size_t begin = 0, end; begin < in_features; begin = end) {
     end = in_features - begin < piece ? in_features : begin + piece;

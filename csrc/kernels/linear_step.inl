@@ -304,7 +304,7 @@ double linear_step(const LinearStep<T>& s) {
 // line each one stream comes near the bandwidth of a core (Zen 4; two were not measured there).
 template <class T>
 bool gain_together(const LinearStep<T>& s) {
-  constexpr size_t least_vectors = 8;
+  constexpr size_t least_vectors = 8;  // rows of 4 and 5 lost up to a fourth
   const size_t vectors = vectors_of(s);
   const bool gains = vectors > most_row_vectors || (vectors >= least_vectors && s.from_memory);
   return lane_bytes < 64 && reads_in_order(s) && s.out_features <= most_outputs_together && gains;

@@ -64,8 +64,8 @@ bool sgd_update(const SgdUpdate<T>& u) {
   return u.momentum ? sgd_update_with<T, true>(u) : sgd_update_with<T, false>(u);
 }
 
-// sums[cols] += column sums of g[rows, cols], rows g_stride apart: some vectors of columns at a time, so that additions do not wait for
-// each other.
+// sums[cols] += column sums of g[rows, cols], rows g_stride apart: four vectors of columns at a time, as many as an addition takes cycles,
+// so that none waits for another.
 template <class T>
 void column_sums(size_t rows, size_t cols, const T* g, size_t g_stride, T* sums) {
   constexpr size_t w = lanes<T>;
