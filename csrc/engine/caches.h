@@ -6,6 +6,9 @@
 
 namespace gdlib {
 
+// The smallest L1 in use: lines a multiple of a way apart, which is a page too, fall on one set, of which each way holds one.
+constexpr std::size_t l1_ways = 8, l1_way_bytes = 4096, l1_bytes = l1_ways * l1_way_bytes;
+
 // Bytes of one core's L2. Asked of the operating system once; where it does not say, the smallest in use: 256 KiB.
 std::size_t l2_bytes();
 

@@ -25,7 +25,7 @@ constexpr std::size_t short_step = 24;
 // Strips of A that are read where they lie take turns at each panel of B: so many bytes of elements, half of the smallest L1. Rows of 64
 // floats are 3 to 5 % faster so than one strip after the other. With short steps as many as are copied together, which is 2 to 6 % faster:
 // they are read from L2 as the panel is, which only the first of them may find farther away.
-constexpr std::size_t turn_bytes = 16 << 10;
+constexpr std::size_t turn_bytes = l1_bytes / 2;
 // A block of B that groups of strips read from the cache which cores share. Next to strips that are copied, which are copied again for each
 // block, a weight gradient of 2,048^3 reaches 230 GFLOP/s by 3 MiB and 238 by 6 on a core of Zen 5 (Zen 4: as fast by 4 and 8). With short
 // steps half of that, and a fourth for so many strips that lie (1,024 rows of AVX2: as fast as a block in L2 to 12 % faster; for half of
@@ -37,8 +37,8 @@ constexpr std::size_t depth_copied = 8;
 // B is copied where no transposition is needed for at least so many tiles of rows: copies cost 12 % of 32 rows, 3 % of 128. One
 // within a fourth of L2 is read where it lies for up to 64: a copy would take up to 5 % longer, beyond either is as fast. With short steps,
 // if its rows do not begin with lines, so that vectors lie in two, it is for up to 8: with copies gradients of 180 random layers are 1.03
-// times as fast, up to 1.25 times (Zen 4). One whose rows fall on one set of L1 is for 2, as a small one whose rows fall on two (9 to 128
-// rows 1.07 times as fast in the mean, 0.9 to 1.33 times), but for one beyond an eighth of L3 (0.7 to 1.0 times; Zen 5).
+// times as fast, up to 1.25 times (Zen 4). One whose rows fall on one set of L1 is for 2, as a small one whose rows fall on two (9 to 64
+// rows 1.05 times as fast in the mean, 0.9 to 1.33 times, 128 as fast), but for one beyond an eighth of L3 (0.7 to 1.0 times; Zen 5).
 constexpr std::size_t tiles_to_pack_b = 3, tiles_to_pack_split_b = 9, tiles_to_pack_small_b = 65, tiles_to_pack_b_on_sets = 2;
 // Cycles for each element packed, a transposition (from L2), next to 2 multiply-adds of a vector in a cycle; and into a block beyond L2.
 constexpr double cycles_to_pack = 0.25, cycles_to_pack_shared = 0.5;
@@ -138,11 +138,10 @@ class Multiplication {
   // blocks of B read them from beyond L2 (1.05 to 1.8 times as fast). Rows are not, even if all of a tile's fall on one set: copying them
   // took 5 to 13 % longer on an L1 of 8 ways.
   bool must_pack() const {
-    constexpr std::size_t page = 4096;  // and a way of L1
     if (p_.a.col_stride == 1) return false;
     if (short_steps_ && blocking_.panels < panels_.count && p_.rows * p_.depth * sizeof(T) > l2_bytes()) return true;
     const std::size_t step = p_.a.col_stride * sizeof(T);
-    return step >= page || step % (page / 4) == 0;
+    return step >= l1_way_bytes || step % (l1_way_bytes / 4) == 0;
   }
 
   // How many parts of rows and of columns take the least time: each part packs what it needs, and the largest one ends last.
@@ -184,9 +183,8 @@ class Multiplication {
 
   // Tiles of rows from which on B is copied.
   std::size_t tiles_to_pack() const {
-    constexpr std::size_t way = 4096;  // of L1
     const std::size_t apart = p_.b.row_stride * sizeof(T), bytes = p_.depth * p_.cols * sizeof(T);
-    if (small_b_ ? apart % (way / 2) == 0 : apart % way == 0 && bytes <= l3_bytes() / 8) return tiles_to_pack_b_on_sets;
+    if (small_b_ ? apart % (l1_way_bytes / 2) == 0 : apart % l1_way_bytes == 0 && bytes <= l3_bytes() / 8) return tiles_to_pack_b_on_sets;
     if (!small_b_) return tiles_to_pack_b;
     return short_steps_ && p_.b.row_stride % line != 0 ? tiles_to_pack_split_b : tiles_to_pack_small_b;
   }

@@ -16,20 +16,18 @@ namespace {
 constexpr std::size_t few_rows = 12;
 // The same of a B whose rows fall on one set of L1 (12: 0.7 to 1.2 times).
 constexpr std::size_t few_rows_on_a_set = 8;
-// Steps whose lines are in L1 together wherever they lie: as many as a set of the smallest L1 in use holds.
-constexpr std::size_t few_steps = 8;
-// Bytes that one set of that L1 is apart from itself, and of all its sets.
-constexpr std::size_t way_bytes = 4096, l1_bytes = few_steps * way_bytes;
+// Steps whose lines are in L1 together wherever they lie: as many as a set holds.
+constexpr std::size_t few_steps = l1_ways;
 // Steps of a block of depth: beyond, tiles of panels are as fast, and the lines of a column of B or A, one for each step, crowd out rows.
 constexpr std::size_t most_steps = 64;
 // The same of a B that comes from beyond L2: prefetchers follow about as many sequences.
 constexpr std::size_t most_streams = 16;
-// Of the rows of C that are visited together, half of the smallest L1, and of one of them.
-constexpr std::size_t visit_bytes = 16 << 10;
+// Of the rows of C that are visited together, and of one of them.
+constexpr std::size_t visit_bytes = l1_bytes / 2;
 
 template <class T>
 std::size_t most_rows(const Product<T>& p) {
-  return p.b.row_stride * sizeof(T) % way_bytes == 0 ? few_rows_on_a_set : few_rows;
+  return p.b.row_stride * sizeof(T) % l1_way_bytes == 0 ? few_rows_on_a_set : few_rows;
 }
 
 // Bytes of a small B, which up to most_steps steps read for each four rows of C: from L2, next to C, or where that is too slow from L1 (16
@@ -54,7 +52,7 @@ template <class T>
 bool goes_by_rows(const Product<T>& p) {
   if (p.packed || p.b.col_stride != 1) return false;
   if (p.depth <= few_steps) return true;
-  if (p.a.col_stride != 1 && p.a.col_stride * sizeof(T) >= way_bytes) return false;
+  if (p.a.col_stride != 1 && p.a.col_stride * sizeof(T) >= l1_way_bytes) return false;
   return p.rows <= most_rows(p) || (p.depth <= most_steps && p.depth * p.cols * sizeof(T) <= small_bytes<T>());
 }
 
@@ -72,7 +70,7 @@ void gemm_by_rows(const Product<T>& p) {
   const std::size_t in_l2 = p.depth * p.cols * sizeof(T) <= l2_bytes() / 2 ? most_steps : most_streams;
   // Steps whose lines are in L1 together, 32 where rows are 1 KiB apart: up to 1.4 times as fast as by 64 (256 features). With rows 4 KiB
   // apart, 8 of a small B are as fast as 64 (0.97 to 1.01 times; AVX2).
-  const std::size_t in_l1 = few_steps * (way_bytes / std::gcd(p.b.row_stride * sizeof(T), way_bytes));
+  const std::size_t in_l1 = few_steps * (l1_way_bytes / std::gcd(p.b.row_stride * sizeof(T), l1_way_bytes));
   const std::size_t depth = std::min(in_l1, in_l2);
 
   // Blocks of C in a cache: of few rows some columns, else some rows, so that whole ones are written in order.

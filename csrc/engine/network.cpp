@@ -261,7 +261,7 @@ class BatchGradient {
     for (const double of_piece : scratch_.losses) loss += of_piece;
     if (interrupt_.requested() || (finished && !std::isfinite(loss))) return loss;
     // They meet in the gradient of the first piece, in stretches whose sum stays in L1 until the update: as many for each thread.
-    constexpr std::size_t most_stretch = (16 << 10) / sizeof(T);
+    constexpr std::size_t most_stretch = l1_bytes / 2 / sizeof(T);
     const std::size_t stretches = ceil_divide(n, shares * most_stretch) * shares;
     const std::size_t stretch = ceil_divide(n, stretches * line) * line;
     parallel_for(ceil_divide(n, stretch), threads, [&](std::size_t i, std::size_t) {
