@@ -38,14 +38,6 @@ std::size_t small_bytes() {
   return table<T>().lanes * sizeof(T) == line_bytes && outruns_l2() ? l1_bytes : l2_bytes() / 4;
 }
 
-// For blocks of C that is not kept: a step of training asks for the same sizes again.
-template <class T>
-T* scratch_of(std::size_t elements) {
-  static thread_local AlignedVector<T> scratch;
-  scratch.resize(elements);
-  return scratch.data();
-}
-
 }  // namespace
 
 template <class T>
@@ -78,9 +70,6 @@ void gemm_by_rows(const Product<T>& p) {
   const std::size_t some_cols = std::max<std::size_t>(1, visit_elements / p.rows / kernel.lanes) * kernel.lanes;
   const std::size_t visit_cols = std::min(p.cols, by_rows ? visit_elements : some_cols);
   const std::size_t visit_rows = std::min(p.rows, by_rows ? std::max<std::size_t>(4, visit_elements / visit_cols / 4 * 4) : p.rows);
-  constexpr std::size_t line = 64 / sizeof(T);
-  const std::size_t each = p.updated ? ceil_divide(visit_rows * visit_cols, line) * line : 0;
-  T* const memory = p.updated ? scratch_of<T>(each * parts) : nullptr;
 
   const auto visit = [&](std::size_t row, std::size_t rows, std::size_t col, std::size_t cols, T* kept) {
     GemmTile<T> t{};
@@ -103,13 +92,14 @@ void gemm_by_rows(const Product<T>& p) {
     } while (d < p.depth);
     if (p.finish) p.finish({row, rows, col, cols, t.c, t.c_stride});
   };
-  parallel_for(parts, threads, [&](std::size_t part, std::size_t worker) {
+  parallel_for(parts, threads, [&](std::size_t part, std::size_t) {
+    T* const kept = p.updated ? own_scratch<T>(visit_rows * visit_cols) : nullptr;
     const auto cut = [&](std::size_t i) { return (by_rows ? fours : vectors) * i / parts * (by_rows ? 4 : kernel.lanes); };
     const std::size_t begin = cut(part), last_row = by_rows ? std::min(p.rows, cut(part + 1)) : p.rows;
     const std::size_t last_col = by_rows ? p.cols : std::min(p.cols, cut(part + 1));
     for (std::size_t row = by_rows ? begin : 0; row < last_row; row += visit_rows)
       for (std::size_t col = by_rows ? 0 : begin; col < last_col; col += visit_cols)
-        visit(row, std::min(visit_rows, last_row - row), col, std::min(visit_cols, last_col - col), memory + worker * each);
+        visit(row, std::min(visit_rows, last_row - row), col, std::min(visit_cols, last_col - col), kept);
   });
 }
 
