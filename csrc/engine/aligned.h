@@ -31,8 +31,9 @@ struct CacheAligned {
 template <class T>
 using AlignedVector = std::vector<T, CacheAligned<T>>;
 
-// Scratch of the calling thread, for one product at a time, kept for its next: a step of training asks for the same sizes again. One memory
-// for all threads, cut by each product as it needs, passes lines from core to core: 784-512-10 took 1.1 times as long where that is slow.
+// Scratch of the calling thread, for one product at a time: a call ends the use of what the last one gave. Kept for the next, as a step of
+// training asks for the same sizes again. One memory for all threads, cut by each product as it needs, passes lines from core to core:
+// 784-512-10 took 1.1 times as long where that is slow.
 template <class T>
 T* own_scratch(std::size_t elements) {
   static thread_local AlignedVector<T> scratch;

@@ -64,7 +64,7 @@ struct Product {
   bool accumulate = false;                  // start at c; without bias
   T* c = nullptr;                           // row-major
   std::size_t c_stride = 0;
-  BlockVisitor<T> finish = {};
+  BlockVisitor<T> finish = {};  // computes no product itself: its block may lie in the scratch of its thread
   // A matrix laid out as c that `finish` updates with c's blocks, which are of no further use: it may be fetched into the cache ahead, and
   // what c holds is unspecified. Not with `accumulate`.
   const T* updated = nullptr;
