@@ -279,11 +279,13 @@ Team& the_team() {
 constexpr double cost_of_sharing_untried = 15'000;
 constexpr double cost_of_waking = 100'000;  // half of the 50 us until one that sleeps does: the caller works meanwhile
 
+using Clock = std::chrono::steady_clock;
+thread_local Clock::time_point asked;  // when this thread last did, or ended a loop that is long enough for a look at the clock
+thread_local bool in_long_loop = false;
+
 // Whether the team's threads may be awake still. Who asks again soon, within five times what they spin for, has them woken.
 bool awake() {
-  using Clock = std::chrono::steady_clock;
   constexpr std::chrono::milliseconds soon{1};
-  static thread_local Clock::time_point asked;
   const auto before = std::exchange(asked, Clock::now());
   return asked - before < soon;
 }
@@ -295,7 +297,8 @@ int threads_for(double cycles) {
   if (cycles < least_shared_cycles) return 1;  // whatever else holds, which short calls need not look at
   const int threads = thread_count();
   if (threads == 1 || (!paced && cycles < least * cost_of_sharing_untried)) return 1;
-  return cycles >= least * cost_of_waking || awake() ? threads : 1;
+  in_long_loop = cycles >= least * cost_of_waking;
+  return in_long_loop || awake() ? threads : 1;
 }
 
 void parallel_for(std::size_t count, int threads, Visitor<std::size_t, std::size_t> task) {
@@ -307,6 +310,7 @@ void parallel_for(std::size_t count, int threads, Visitor<std::size_t, std::size
   shared = true;
   const InTask inside;
   if (!the_team().run(count, threads, task)) run_all();
+  if (std::exchange(in_long_loop, false)) asked = Clock::now();
 }
 
 StepPacer::StepPacer(double step_cycles) : trials_(kept()), begin_(Clock::now()) {
@@ -375,12 +379,7 @@ void initialize_threads() {
 }
 
 int thread_count() {
-  if (in_task || alone || forked) return 1;
-#if defined(_OPENMP)
-  return configured.load(std::memory_order_relaxed);
-#else
-  return 1;
-#endif
+  return in_task || alone || forked || !openmp_enabled() ? 1 : configured.load(std::memory_order_relaxed);
 }
 
 void set_thread_count(int count) {
