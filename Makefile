@@ -30,7 +30,7 @@ stubs: $(VENV)/installed-dev
 
 # Only a stamp says that the environment is whole: one that was interrupted, or has no pip, is made anew.
 $(VENV)/created:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gdlib needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gdlib needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip --version
 	touch $@

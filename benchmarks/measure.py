@@ -18,9 +18,9 @@ LEAST_SECONDS = 0.02  # short calls repeat until a timing takes this long: well 
 # Before a timing: by then the idle threads of the contender before have stopped spinning and left the cores. Those of OpenBLAS take about
 # 0.1 s: until then whoever shares work among threads, 80 ms after NumPy too, is half as fast.
 REST_SECONDS = 0.15
-# After it, untimed: cores that were idle reach their speed, and a caller its caches, within some milliseconds. Forward pass and gradients
-# of Linear(512, 512) on 512 rows took one thread 4.0 ms at first, then 3.5, and two 2.7, then 1.8. Longer runs have no need of it.
-WARM_SECONDS, LEAST_SECONDS_COLD = 0.005, 0.1
+# After it, untimed, one run at least: cores that were idle reach their speed, and a caller its caches, within some milliseconds. Forward
+# pass and gradients of Linear(512, 512) on 512 rows took one thread 4.0 ms at first, then 3.5, and two 2.7, then 1.8.
+WARM_SECONDS = 0.005
 
 
 class UnavailableError(RuntimeError):
@@ -99,7 +99,8 @@ class Timing:
 
 
 def measure(group: Group, rounds: int) -> list[Timing]:
-    """Time the contenders of a group in turn, there and back, so that a neighbour's load and its drift meet all of them alike."""
+    """Time the contenders of a group in turn, there and back, so that a neighbour's load and its drift meet all of them alike: each after
+    a rest, and warm."""
     timings = [Timing(contender) for contender in group.contenders]
     ready: list[tuple[Timing, Run, int, int]] = []
     for timing in timings:
@@ -112,8 +113,7 @@ def measure(group: Group, rounds: int) -> list[Timing]:
             begin = time.perf_counter()
             run()
             seconds = time.perf_counter() - begin
-        untimed = math.ceil(WARM_SECONDS / seconds) if seconds < LEAST_SECONDS_COLD else 0
-        ready.append((timing, run, untimed, math.ceil(LEAST_SECONDS / seconds)))
+        ready.append((timing, run, math.ceil(WARM_SECONDS / seconds), math.ceil(LEAST_SECONDS / seconds)))
     for _ in range(rounds):
         for timing, run, untimed, calls in ready:
             with timing.contender.around():

@@ -33,9 +33,9 @@ INTRODUCTION = f"""# Benchmarks
 
 Made by `{COMMAND}`, after `pip install .[bench]`; PyTorch and JAX take part where they are installed. The result
 of each contender is checked before it is timed. Then all contenders of a table, and the machine's limit, take turns on the same arrays,
-each after a rest, and short ones after some untimed milliseconds of the same; the figures are medians, and ratios and shares are medians of
-those of each turn. PyTorch runs with one thread and with all, and in several forms, NumPy too: the fastest counts. Absolute times are this
-machine's: compare ratios. [limits.md](limits.md) says what keeps gdlib from the aims that it misses, and what was tried.
+each after a rest, and an untimed run or 5 ms of them; the figures are medians, and ratios and shares are medians of those of each turn.
+PyTorch runs with one thread and with all, and in several forms, NumPy too: the fastest counts. Absolute times are this machine's: compare
+ratios. [limits.md](limits.md) says what keeps gdlib from the aims that it misses, and what was tried.
 """
 ROOFLINE_NOTE = """A point of a roofline is a work of this page: its rate, and the flops that it does for each byte which it must read or
 write at least. What fits a cache can stand above the slope, which is that of memory.

@@ -280,8 +280,7 @@ constexpr double cost_of_sharing_untried = 15'000;
 constexpr double cost_of_waking = 100'000;  // half of the 50 us until one that sleeps does: the caller works meanwhile
 
 using Clock = std::chrono::steady_clock;
-thread_local Clock::time_point asked;  // when this thread last did, or ended a loop that is long enough for a look at the clock
-thread_local bool in_long_loop = false;
+thread_local Clock::time_point asked;  // when this thread last called awake(); the latest there is, since it has had a long loop shared
 
 // Whether the team's threads may be awake still. Who asks again soon, within five times what they spin for, has them woken.
 bool awake() {
@@ -297,8 +296,9 @@ int threads_for(double cycles) {
   if (cycles < least_shared_cycles) return 1;  // whatever else holds, which short calls need not look at
   const int threads = thread_count();
   if (threads == 1 || (!paced && cycles < least * cost_of_sharing_untried)) return 1;
-  in_long_loop = cycles >= least * cost_of_waking;
-  return in_long_loop || awake() ? threads : 1;
+  if (cycles < least * cost_of_waking) return awake() ? threads : 1;
+  asked = Clock::time_point::max();  // what comes next finds them awake
+  return threads;
 }
 
 void parallel_for(std::size_t count, int threads, Visitor<std::size_t, std::size_t> task) {
@@ -310,7 +310,6 @@ void parallel_for(std::size_t count, int threads, Visitor<std::size_t, std::size
   shared = true;
   const InTask inside;
   if (!the_team().run(count, threads, task)) run_all();
-  if (std::exchange(in_long_loop, false)) asked = Clock::now();
 }
 
 StepPacer::StepPacer(double step_cycles) : trials_(kept()), begin_(Clock::now()) {

@@ -115,7 +115,7 @@ def test_tanh_and_sigmoid_never_leave_their_range(isa, dtype, kind):
     assert kind == "relu" or y.max() <= 1
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_sizes(isa, dtype, kind, threads):
     """Each size between canaries and out of NaN; an element has the same bits wherever it lies."""

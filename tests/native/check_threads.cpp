@@ -51,6 +51,16 @@ void check_threads(int threads) {
   }
   expect(thrown == 20 && run_loops(threads), name + " after one that throws");
 
+  // A loop of 25 us is not shared after a rest, but after a long loop, with which the team has woken.
+  constexpr double some_cycles = 100'000, many_cycles = 1'000'000;
+  const auto rested_for = [](double cycles) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    return gdlib::threads_for(cycles);
+  };
+  rested_for(some_cycles);
+  expect(rested_for(some_cycles) == 1, name + " after a rest");
+  expect(rested_for(many_cycles) == threads && gdlib::threads_for(some_cycles) == threads, name + " after a long loop");
+
   // Short steps are tried both ways.
   bool good = true, shared = false, alone = false;
   {
