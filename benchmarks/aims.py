@@ -64,7 +64,7 @@ def _percent_of_limit(name: str) -> Callable[[Timings], float]:
 def gain(results: Results, work: bench_threads.Work) -> float:
     """How many times as long one thread takes as all of them; NaN on one CPU."""
     timings = results[work.group.title]
-    one, all_of_them = timings[bench_threads.label(1)], timings[bench_threads.label(machine.THREADS)]
+    one, all_of_them = (timings[bench_threads.label(bench_threads.GDLIB, count)] for count in (1, machine.THREADS))
     return math.nan if machine.THREADS == 1 else one.over(all_of_them)
 
 

@@ -1,4 +1,4 @@
-"""Kernels one by one on arrays larger than a cache: activations, the loss, the update, averages, and a layer of one output.
+"""Kernels one by one on arrays larger than a cache: activations, the loss, the update, averages, and layers of few outputs.
 
 Each array is read or written once, so that memory is the limit. Results are written in place or into arrays that are there already, where a
 library takes them, and NumPy's and PyTorch's arrays lie in NumPy's memory.
@@ -19,7 +19,7 @@ from benchmarks.measure import Contender, Group, Run
 from gdlib import _core
 
 ELEMENTS, MODELS = 16_000_000, 4
-LAYER = (500_000, 100, 1)  # rows, in, out
+LAYERS = ((500_000, 100, 1), (500_000, 100, 4))  # rows, in, out
 LR, MOMENTUM = 1e-3, 0.9
 FORWARD, BACKWARD = ", forward", ", backward"
 LOSS, UPDATE, UPDATE_WITH_MOMENTUM = "MSELoss", "SGD, step", "SGD with momentum, step"
@@ -257,14 +257,14 @@ def _group(kernel: Kernel, dtype: str) -> Group:
     return Group(title, "call", contenders, arrays, judge, "", flops, size, "GB", dtype)
 
 
-def _layer(part: str, dtype: str) -> Group:
-    rows, inputs, outputs = LAYER
+def _layer(rows: int, inputs: int, outputs: int, part: str, dtype: str) -> Group:
     passes = 1 if part == gemm.FORWARD else 2  # the input is read; its gradient is written
-    size = (passes * rows * inputs + rows) * np.dtype(dtype).itemsize
-    vectors = peers.pytorch("PyTorch", partial(pytorch_vectors, part=part), form="mv", around=peers.inference_mode)
-    contenders = [*gemm.contenders(part), *vectors, *machine.bandwidth(machine.THREADS, size)]
-    title, work = f"Linear({inputs}, {outputs}), {rows:,} rows, {part} {dtype}", partial(gemm.problem, *LAYER, dtype)
-    flops = 2 * passes * rows * inputs
+    size = rows * (passes * inputs + outputs) * np.dtype(dtype).itemsize
+    contenders = [*gemm.contenders(part), *machine.bandwidth(machine.THREADS, size)]
+    if outputs == 1:
+        contenders += peers.pytorch("PyTorch", partial(pytorch_vectors, part=part), form="mv", around=peers.inference_mode)
+    title, work = f"Linear({inputs}, {outputs}), {rows:,} rows, {part} {dtype}", partial(gemm.problem, rows, inputs, outputs, dtype)
+    flops = 2 * passes * rows * inputs * outputs
     return Group(title, "call", contenders, work, partial(gemm.check, part), "", flops, size, "GB", dtype)
 
 
@@ -273,7 +273,7 @@ GROUPS = [
     for dtype in gemm.DTYPES
     for group in (
         *(_group(kernel, dtype) for kernel in KERNELS),
-        *(_layer(part, dtype) for part in (gemm.FORWARD, gemm.GRADIENTS)),
+        *(_layer(*layer, part, dtype) for layer in LAYERS for part in (gemm.FORWARD, gemm.GRADIENTS)),
     )
 ]
 

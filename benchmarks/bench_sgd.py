@@ -1,6 +1,10 @@
-"""One epoch of stochastic gradient descent on a matrix larger than a cache, in order and shuffled, beside one reading of X by one core."""
+"""One epoch of stochastic gradient descent on a matrix larger than a cache, in order and shuffled, and a pass over its batches alone.
+
+Beside one reading of X.
+"""
 
 import functools
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -80,7 +84,78 @@ def _group(shuffle: bool) -> Group:
     return Group(title, "epoch", contenders, problem, check, note, 4 * ROWS * FEATURES, BYTES, "GB", rounds=5)
 
 
-IN_ORDER, SHUFFLED = GROUPS = [_group(False), _group(True)]
+@functools.lru_cache(maxsize=1)
+def numbered() -> Regression:
+    """Each row's target is its number, which float32 holds."""
+    return Regression(problem().X, np.arange(ROWS, dtype=np.float32)[:, None])
+
+
+def check_batches(problem: Regression, result: Any) -> None:
+    """Each row once, and those of the last batch where their numbers are."""
+    last, numbers = np.asarray(result[0]), [np.asarray(batch)[:, 0] for batch in result[1]]
+    assert np.array_equal(np.sort(np.concatenate(numbers)), problem.y[:, 0]), "a pass leaves rows out, or repeats some"
+    assert np.array_equal(last, problem.X[numbers[-1].astype(int)]), "the last batch has other rows than its targets"
+
+
+def gdlib_batches(problem: Regression) -> Run:
+    return lambda: _passed(gdlib.DataLoader(problem.X, problem.y, batch_size=BATCH_SIZE, shuffle=True, seed=0))
+
+
+def numpy_batches(problem: Regression, at_once: bool) -> Run:
+    """The rows of a batch by their numbers, or all `at_once` and views of them."""
+    X, y, rng = problem.X, problem.y, np.random.default_rng(0)
+
+    def run() -> Any:
+        order = rng.permutation(ROWS)
+        rows, targets = (X[order], y[order]) if at_once else (X, y)
+        parts = [slice(begin, begin + BATCH_SIZE) for begin in range(0, ROWS, BATCH_SIZE)]
+        return _passed((rows[part], targets[part]) if at_once else (rows[order[part]], targets[order[part]]) for part in parts)
+
+    return run
+
+
+def pytorch_batches(problem: Regression, at_once: bool) -> Run:
+    """The same; a DataLoader, which takes rows one by one, is no match."""
+    import torch
+
+    X, y = torch.from_numpy(problem.X), torch.from_numpy(problem.y)
+
+    def run() -> Any:
+        order = torch.randperm(ROWS)
+        if at_once:
+            return _passed(zip(X[order].split(BATCH_SIZE), y[order].split(BATCH_SIZE), strict=True))
+        return _passed((X[rows], y[rows]) for rows in order.split(BATCH_SIZE))
+
+    return run
+
+
+def _passed(batches: Iterable[Any]) -> Any:
+    """The last batch's rows, and the targets of all."""
+    targets = []
+    for x, y in batches:
+        targets.append(y)
+    return x, targets
+
+
+def _batches() -> Group:
+    forms = {"batch by batch": False, "all at once": True}
+    contenders = [
+        Contender("gdlib DataLoader", gdlib_batches),
+        *(Contender("NumPy", partial(numpy_batches, at_once=at_once), variant=form) for form, at_once in forms.items()),
+        *(
+            contender
+            for form, at_once in forms.items()
+            for contender in peers.pytorch("PyTorch", partial(pytorch_batches, at_once=at_once), form=form)
+        ),
+        *machine.bandwidth(1, BYTES),
+    ]
+    note = "A pass draws an order and copies each row into its batch. The limit is one core's reading in order."
+    title = f"Shuffled batches, {ROWS:,} x {FEATURES}, {BATCH_SIZE} rows each"
+    return Group(title, "pass", contenders, numbered, check_batches, note, bytes=BYTES, rate="GB", rounds=5)
+
+
+IN_ORDER, SHUFFLED = EPOCHS = [_group(False), _group(True)]
+GROUPS = [*EPOCHS, _batches()]
 
 
 def test_sgd(time_contender: None) -> None: ...

@@ -1,4 +1,4 @@
-"""One thread and all of them, from sizes where a second thread cannot pay to sizes where it must; beside what the machine itself gains."""
+"""One thread and all of them, from sizes where a second thread cannot pay to sizes where it must; PyTorch and the machine beside it."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +8,7 @@ from benchmarks import bench_gemm, bench_gradient_descent, bench_networks, bench
 from benchmarks.bench_gemm import FORWARD, GRADIENTS, Layer
 from benchmarks.measure import Contender, Group, Run
 
+GDLIB, PYTORCH = "gdlib", "PyTorch"
 WIDTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of Linear(n, n) on n rows
 LEAST_COMPUTE_BOUND = 512  # its products take milliseconds, a thousand times what a barrier does
 LEAST_BANDWIDTH_BOUND = 64_000_000  # bytes; less may stay in a cache from step to step
@@ -24,12 +25,23 @@ class Work:
     compute_bound: bool  # its time must fall with every thread; the others must only not lose
 
 
-def label(threads: int) -> str:
-    return f"gdlib, {machine.plural(threads)}"
+def label(who: str, threads: int) -> str:
+    return f"{who}, {machine.plural(threads)}"
 
 
-def by_threads(prepare: Any, work: float = 1.0) -> list[Contender]:
-    return [Contender(label(threads), prepare, work, around=partial(machine.gdlib_threads, threads)) for threads in machine.THREAD_COUNTS]
+def gdlib_by_threads(prepare: Any, work: float = 1.0) -> list[Contender]:
+    return [
+        Contender(label(GDLIB, threads), prepare, work, around=partial(machine.gdlib_threads, threads))
+        for threads in machine.THREAD_COUNTS
+    ]
+
+
+def pytorch_by_threads(prepare: Any, work: float = 1.0, form: str = "", around: Any = peers.pytorch_threads) -> list[Contender]:
+    return [Contender(label(PYTORCH, threads), prepare, work, form, partial(around, threads)) for threads in machine.THREAD_COUNTS]
+
+
+def peaks(flops: float) -> list[Contender]:
+    return [machine.fma_peak("float32", threads, flops) for threads in machine.THREAD_COUNTS]
 
 
 def gdlib_products(layer: Layer) -> Run:
@@ -50,12 +62,9 @@ def check_products(layer: Layer, results: Any) -> None:
 def _products(width: int) -> Work:
     flops = 6.0 * width**3
     contenders = [
-        *by_threads(gdlib_products),
-        *(
-            Contender(f"PyTorch, {machine.plural(threads)}", pytorch_products, around=partial(peers.inference_mode, threads))
-            for threads in machine.THREAD_COUNTS
-        ),
-        *(machine.fma_peak("float32", threads, flops) for threads in machine.THREAD_COUNTS),
+        *gdlib_by_threads(gdlib_products),
+        *pytorch_by_threads(pytorch_products, around=peers.inference_mode),
+        *peaks(flops),
     ]
     problem = partial(bench_gemm.problem, width, width, width, "float32")
     name = f"Linear({width}, {width}), {width} rows: forward and gradients"
@@ -66,26 +75,40 @@ def _products(width: int) -> Work:
 
 def _descent(rows: int, features: int) -> Work:
     name = f"gradient descent, {rows:,} x {features}"
-    contenders = by_threads(bench_gradient_descent.gdlib_fit, bench_gradient_descent.EPOCHS)
-    moved = 4 * rows * features
+    epochs, moved = bench_gradient_descent.EPOCHS, 4 * rows * features
     long = moved >= LEAST_BANDWIDTH_BOUND
-    if long:
-        contenders += [form for threads in machine.THREAD_COUNTS for form in machine.bandwidth(threads, moved)]
+    options: Any = {"epochs": epochs, "lr": bench_gradient_descent.LR, "batch_size": rows}
+    bandwidths = [form for threads in machine.THREAD_COUNTS for form in machine.bandwidth(threads, moved)]
+    contenders = [
+        *gdlib_by_threads(bench_gradient_descent.gdlib_fit, epochs),
+        *pytorch_by_threads(partial(peers.pytorch_by_hand, shuffle=False, **options), epochs),
+        *(bandwidths if long else peaks(4 * rows * features)),
+    ]
     problem = partial(bench_gradient_descent.problem, rows, features, "float32")
     rounds = ROUNDS_OF_LONG if long else ROUNDS
     return Work(name, Group(f"Threads: {name}", "step", contenders, problem, bench_gradient_descent.check, rounds=rounds), False)
 
 
 def _reference() -> Work:
-    contenders = by_threads(bench_reference.gdlib_fit, bench_reference.EPOCHS)
+    epochs = bench_reference.SLOW_EPOCHS
+    by_hand = partial(peers.pytorch_by_hand, epochs=epochs, lr=bench_reference.LR, batch_size=bench_reference.BATCH_SIZE)
+    contenders = [
+        *gdlib_by_threads(bench_reference.gdlib_fit, bench_reference.EPOCHS),
+        *pytorch_by_threads(by_hand, epochs),
+        *peaks(bench_reference.FLOPS),
+    ]
     group = Group("Threads: reference program", "epoch", contenders, bench_reference.problem, bench_reference.check, rounds=ROUNDS)
     return Work("reference program", group, False)
 
 
 def _network(widths: tuple[int, ...], batch_size: int, steps: int) -> Work:
     flops, _ = bench_networks.flops_and_bytes(widths, batch_size)
-    contenders = by_threads(bench_networks.gdlib_fit, steps)
-    contenders += [machine.fma_peak("float32", threads, flops) for threads in machine.THREAD_COUNTS]
+    contenders = [
+        *gdlib_by_threads(bench_networks.gdlib_fit, steps),
+        *pytorch_by_threads(partial(bench_networks.pytorch_loop, fused=False), steps),
+        *pytorch_by_threads(partial(bench_networks.pytorch_loop, fused=True), steps, "fused SGD"),
+        *peaks(flops),
+    ]
     name = f"network {'-'.join(map(str, widths))}, batch {batch_size}"
     problem = partial(bench_networks.problem, widths, batch_size, steps)
     long = widths[0] >= LEAST_COMPUTE_BOUND

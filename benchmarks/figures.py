@@ -18,14 +18,16 @@ from benchmarks.measure import Group
 from benchmarks.results import Results, best_peer, limit, ours, share
 from benchmarks.tables import digits
 
-FAMILIES = {  # of the points on a roofline
-    "kernels one by one": kernels.GROUPS,
-    "gradient descent, step": descent.GROUPS,
-    "SGD, epoch": [*sgd.GROUPS, *reference.GROUPS],
-    "products, forward": [group for group in gemm.GROUPS if group.title.startswith(gemm.FORWARD)],
-    "products, gradients": [group for group in gemm.GROUPS if group.title.startswith(gemm.GRADIENTS)],
-    "network, training step": networks.GROUPS,
-}
+_forward = [group for group in gemm.GROUPS if group.title.startswith(gemm.FORWARD)]
+FAMILIES = (  # of the points on a roofline: works, and the contender that is drawn where it is not the first of gdlib's
+    ("kernels one by one", kernels.GROUPS, ""),
+    ("gradient descent, step", descent.GROUPS, ""),
+    ("SGD, epoch", [*sgd.EPOCHS, *reference.GROUPS], ""),
+    ("products, forward", _forward, ""),
+    ("products, forward, packed weights", _forward, gemm.PREDICT),
+    ("products, gradients", [group for group in gemm.GROUPS if group.title.startswith(gemm.GRADIENTS)], ""),
+    ("network, training step", networks.GROUPS, ""),
+)
 RATIOS = [*reference.GROUPS, *calls.GROUPS, *descent.GROUPS, *sgd.GROUPS, *kernels.GROUPS, *gemm.GROUPS, *networks.GROUPS]
 
 
@@ -54,11 +56,16 @@ def _roofline(results: Results, path: Path) -> None:
     def rates(group: Group) -> dict[str, float]:
         return {name.rpartition(", ")[2]: group.amount / timing.seconds for name, timing in results[group.title].items()}
 
-    points = [
-        plots.Point(_short(group.title), family, group.flops / group.bytes, group.flops / ours(results[group.title]).seconds / 1e9)
-        for family, groups in FAMILIES.items()
+    drawn = [
+        (family, group, results[group.title][name] if name else ours(results[group.title]))
+        for family, groups, name in FAMILIES
         for group in groups
-        if group.dtype == dtype and ours(results[group.title]).samples
+        if group.dtype == dtype
+    ]
+    points = [
+        plots.Point(_short(group.title), family, group.flops / group.bytes, group.flops / timing.seconds / 1e9)
+        for family, group, timing in drawn
+        if timing.samples
     ]
     plots.roofline(path, points, rates(machine.PEAKS[dtype]), rates(machine.BANDWIDTH), f"gdlib on this machine, {dtype}")
 
@@ -105,6 +112,6 @@ def _scaling(results: Results, path: Path) -> None:
         drawn.append(growth(axis.group, axis.name, axis.what, axis.sizes, labels))
     work = next(work for work in threads.WORKS if work.compute_bound)
     if not math.isnan(aims.gain(results, work)):
-        labels = {who: [f"{who}, {machine.plural(count)}" for count in machine.THREAD_COUNTS] for who in ("gdlib", "PyTorch")}
+        labels = {who: [threads.label(who, count) for count in machine.THREAD_COUNTS] for who in (threads.GDLIB, threads.PYTORCH)}
         drawn.append(growth(work.group, "threads", work.name, machine.THREAD_COUNTS, labels))
     plots.scaling(path, drawn)

@@ -92,16 +92,16 @@ def aim_table(results: Results, wanted: Sequence[aims.Aim] = aims.AIMS) -> str:
 def threads_table(results: Results) -> str:
     if machine.THREADS == 1:
         return "One thread is all that this machine has: there is nothing to compare.\n"
-    rows = []
+    rows, counts = [], (1, machine.THREADS)
     for work in threads.WORKS:
         timings = results[work.group.title]
-        one, more = (timings[threads.label(count)] for count in (1, machine.THREADS))
+        (one, more), peer = ([timings[threads.label(who, count)] for count in counts] for who in (threads.GDLIB, threads.PYTORCH))
         limits = [timing for timing in timings.values() if timing.contender.limit and timing.samples]
         own_gain = times(limits[0].over(limits[-1])) if len(limits) > 1 else ""
-        peer = [timings[f"PyTorch, {machine.plural(count)}"] for count in (1, machine.THREADS)] if "PyTorch, 1 thread" in timings else []
-        peer_gain = times(peer[0].over(peer[1])) if peer else ""
-        rows.append([work.name, duration(one), duration(more), times(aims.gain(results, work)), peer_gain, own_gain])
-    header = ["Threads", "1 thread", machine.plural(machine.THREADS), "gain", "PyTorch's gain", "the limit's gain"]
+        best = min(peer, key=lambda timing: timing.seconds)
+        gains = [times(aims.gain(results, work)), f"{duration(best)} {beside(best, more)}", times(peer[0].over(peer[1])), own_gain]
+        rows.append([work.name, duration(one), duration(more), *gains, percent(share(timings, more.contender.name))])
+    header = ["Threads", *map(machine.plural, counts), "gain", "PyTorch", "PyTorch's gain", "the limit's gain", "share of the limit"]
     return table(header, rows)
 
 

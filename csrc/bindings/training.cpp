@@ -140,7 +140,8 @@ class ShuffledBatches {
         throw py::value_error("the array must be C-contiguous, with one dimension or more, and hold no Python objects.");
       const auto rows = static_cast<std::size_t>(array.shape(0));
       if (end && largest >= rows) throw py::index_error("order names a row that the array does not have.");
-      sources_.push_back({array, dtype, static_cast<const char*>(array.data()), rows ? static_cast<std::size_t>(array.nbytes()) / rows : 0,
+      const std::size_t row_bytes = rows ? static_cast<std::size_t>(array.nbytes()) / rows : 0;
+      sources_.push_back({array, dtype, static_cast<const char*>(array.data()), row_bytes, most_ahead / std::max(row_bytes, line) + 1,
                           std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim())});
     }
   }
@@ -159,8 +160,10 @@ class ShuffledBatches {
       char* const to = py::detail::array_proxy(rows.ptr())->data;
       {
         const WithoutGil released(count * source.row_bytes / 4);
-        for (std::size_t i = 0; i < count; ++i)
-          std::memcpy(to + i * source.row_bytes, source.data + order_[begin + i] * source.row_bytes, source.row_bytes);
+        for (std::size_t i = 0; i < count; ++i) {
+          if (end_ - begin - i > source.rows_ahead) source.ask_for(order_[begin + i + source.rows_ahead]);
+          std::memcpy(to + i * source.row_bytes, source.row(order_[begin + i]), source.row_bytes);
+        }
       }
       PyTuple_SET_ITEM(batch.ptr(), static_cast<Py_ssize_t>(k), rows.release().ptr());
     }
@@ -168,12 +171,25 @@ class ShuffledBatches {
   }
 
  private:
+  static constexpr std::size_t line = 64, most_ahead = 4096;  // bytes; of rows of 40 and 400, 2 to 16 KiB ahead are as fast, 1 slower
+
   struct Source {
     py::array array;  // keeps the memory
     py::dtype dtype;  // the array may be given another
     const char* data;
     std::size_t row_bytes;
+    std::size_t rows_ahead;          // that are asked for before they are copied
     std::vector<py::ssize_t> shape;  // of a batch
+
+    const char* row(std::size_t number) const { return data + number * row_bytes; }
+
+    // Into L2: into L1, where a core waits for fewer lines, rows of 400 bytes took a loop alone 54 ns for 39, and 68 unasked.
+    void ask_for(std::size_t number) const {
+      const char* const begin = row(number);
+      const std::size_t bytes = std::min(row_bytes, most_ahead);
+      for (std::size_t at = 0; at < bytes; at += line) __builtin_prefetch(begin + at, 0, 2);
+      if (bytes) __builtin_prefetch(begin + bytes - 1, 0, 2);  // where the last line begins between two of these
+    }
   };
 
   std::vector<std::uint32_t> order_;
