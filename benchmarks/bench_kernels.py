@@ -19,7 +19,7 @@ from benchmarks.measure import Contender, Group, Run
 from gdlib import _core
 
 ELEMENTS, MODELS = 16_000_000, 4
-LAYERS = ((500_000, 100, 1), (500_000, 100, 4))  # rows, in, out
+LAYERS = ((500_000, 100, 1), (500_000, 100, 3))  # rows, in, out
 LR, MOMENTUM = 1e-3, 0.9
 FORWARD, BACKWARD = ", forward", ", backward"
 LOSS, UPDATE, UPDATE_WITH_MOMENTUM = "MSELoss", "SGD, step", "SGD with momentum, step"

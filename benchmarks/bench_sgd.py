@@ -132,9 +132,9 @@ def pytorch_batches(problem: Regression, at_once: bool) -> Run:
 def _passed(batches: Iterable[Any]) -> Any:
     """The last batch's rows, and the targets of all."""
     targets = []
-    for x, y in batches:
-        targets.append(y)
-    return x, targets
+    for batch in batches:
+        targets.append(batch[1])
+    return batch[0], targets
 
 
 def _batches() -> Group:

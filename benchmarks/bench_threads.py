@@ -31,8 +31,7 @@ def label(who: str, threads: int) -> str:
 
 def gdlib_by_threads(prepare: Any, work: float = 1.0) -> list[Contender]:
     return [
-        Contender(label(GDLIB, threads), prepare, work, around=partial(machine.gdlib_threads, threads))
-        for threads in machine.THREAD_COUNTS
+        Contender(label(GDLIB, threads), prepare, work, around=partial(machine.gdlib_threads, threads)) for threads in machine.THREAD_COUNTS
     ]
 
 

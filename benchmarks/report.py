@@ -38,15 +38,15 @@ PyTorch runs with one thread and with all, and in several forms, NumPy too: the 
 ratios. [limits.md](limits.md) says what keeps gdlib from the aims that it misses, and what was tried.
 """
 ROOFLINE_NOTE = """A point of a roofline is a work of this page: its rate, and the flops that it does for each byte which it must read or
-write at least. What fits a cache can stand above the slope, which is that of memory.
+write at least. What fits a cache can stand above the slope, which is that of memory. Shuffled batches, which have no flops, have no point.
 """
 CALLS_NOTE = """NumPy and PyTorch in their fastest forms: results in new arrays or in old ones; autograd, or gradients written out in
 inference mode. Theirs are written over, gdlib's add up. The limit is a native call that does nothing.
 """
 KERNELS_NOTE = f"""The kernels that no other part of this page has by themselves, on {kernels.ELEMENTS:,} elements (the average:
-of {kernels.MODELS} vectors that are as many together). Results are written in place or into arrays that are there already; of PyTorch
-these are the operators that its modules and autograd call, which take a place for the result. The limit is the read bandwidth, a byte
-that is written counting as one that is read.
+of {kernels.MODELS} vectors that are as many together), and layers of few outputs. Results are written in place or into arrays that are
+there already; of PyTorch these are the operators that its modules and autograd call, which take a place for the result. The limit is the
+read bandwidth, a byte that is written counting as one that is read.
 """
 GEMM_NOTE = """The gradients are those of weight and bias, added to what is there, and of the input. NumPy multiplies with OpenBLAS,
 PyTorch with MKL, into arrays that are there already, as gdlib does; its predict makes a new one, and keeps packed weights between calls,
@@ -57,8 +57,10 @@ starts from equal parameters; those after the first epoch agree with float64 to 
 PyTorch runs the usual loop over batches that are there already, SGD plain or fused; JAX an epoch in one jit(lax.scan). The limit is the
 FMA peak of {machine.plural(machine.THREADS)}. The aims are those of the first {len(networks.AIMED)} networks.
 """
-THREADS_NOTE = f"""The limit is the FMA peak, for the largest descent the read bandwidth: what the machine itself gains by its threads.
-Computing counts as the cost of products and networks from {threads.LEAST_COMPUTE_BOUND} inputs on; below, so is what cores tell each other.
+THREADS_NOTE = f"""PyTorch, in its faster number of threads, is beside gdlib with {machine.plural(machine.THREADS)}: descents and the
+reference program by hand, networks by the usual loop, SGD plain or fused. The limit is the FMA peak, for the largest descent the read
+bandwidth: its gain is what the machine itself gains by its threads. Computing counts as the cost of products and networks from
+{threads.LEAST_COMPUTE_BOUND} inputs on; below, so is what cores tell each other.
 """
 SCALING_NOTE = """The exponent is the slope of the straight line through the logarithms of cost and size: 1 is proportional, -1 for threads.
 Few threads give few points, which a line meets exactly: no R^2. Sizes begin where the work is more than the call.
