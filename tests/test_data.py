@@ -30,7 +30,7 @@ def test_shuffled_batches_hold_every_row_once(arrays):
 
 @pytest.mark.parametrize("width", [0, 1, 17, 100, 1024, 3000])  # floats: no line, parts of one, some and a page of them, and more
 @pytest.mark.parametrize(("rows", "batch_size", "drop_last"), [(1, 1, False), (200, 64, False), (200, 64, True), (200, 300, False)])
-def test_rows_that_are_asked_for_ahead(width, rows, batch_size, drop_last):
+def test_shuffled_rows_of_every_length(width, rows, batch_size, drop_last):
     x = np.random.default_rng(0).standard_normal((rows, width), np.float32)
     batches = list(DataLoader(x, np.arange(rows), batch_size=batch_size, shuffle=True, seed=0, drop_last=drop_last))
     for found, order in batches:
