@@ -163,6 +163,7 @@ def _group(shape: tuple[int, int, int], dtype: str, part: str) -> Group:
         limits = [machine.fma_peak(dtype, machine.THREADS, flops)]
     else:  # each weight is used once, and the limit is reading them
         limits = machine.reading("as many bytes read once", lambda layer: layer.weight, machine.THREADS, inputs * outputs / moved)
+        limits += machine.writing(machine.THREADS, moved * size) if part == GRADIENTS else []
     timed = [*contenders(part), *([Contender(PREDICT, linear_predict)] if part == FORWARD else []), *limits]
     title, layer = f"{part}, {rows} x {inputs} -> {outputs} {dtype}", partial(problem, *shape, dtype)
     return Group(title, "call", timed, layer, partial(check, part), "", flops, moved * size, "GFLOP", dtype)

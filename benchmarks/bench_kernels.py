@@ -24,6 +24,7 @@ LR, MOMENTUM = 1e-3, 0.9
 FORWARD, BACKWARD = ", forward", ", backward"
 LOSS, UPDATE, UPDATE_WITH_MOMENTUM = "MSELoss", "SGD, step", "SGD with momentum, step"
 AVERAGE, FINITE = f"average of {MODELS} models", "search for NaN and infinity"
+READING = (LOSS + FORWARD, FINITE)  # and little else: no result of many elements
 ACTIVATIONS = {"ReLU": gdlib.ReLU, "Tanh": gdlib.Tanh, "Sigmoid": gdlib.Sigmoid}
 PLAIN, FUSED, BY_HAND = "plain", "fused", "by hand"  # PyTorch's forms
 
@@ -215,21 +216,45 @@ def pytorch_kernel(arrays: Arrays, kernel: str, form: str) -> Run:
     return update
 
 
+def numpy_vectors(layer: gemm.Layer, part: str) -> Run:
+    """A layer of few outputs by products of a matrix and a vector, which read x once for each output."""
+    x, weight, bias, gradient = layer.x, layer.weight, layer.bias, layer.gradient
+    output, into_input, into_weight, into_bias = map(np.zeros_like, (gradient, x, weight, bias))
+    by_output = np.matmul if len(weight) > 1 else np.multiply
+
+    def forward() -> Any:
+        for k, row in enumerate(weight):
+            np.add(x @ row, bias[k], out=output[:, k])
+        return (output,)
+
+    def gradients() -> Any:
+        for k in range(len(weight)):
+            into_weight[k] += gradient[:, k] @ x
+        np.add(into_bias, gradient.sum(axis=0), out=into_bias)
+        by_output(gradient, weight, out=into_input)
+        return into_input, into_weight, into_bias
+
+    return forward if part == gemm.FORWARD else gradients
+
+
 def pytorch_vectors(layer: gemm.Layer, part: str) -> Run:
-    """A layer of one output by products of a matrix and a vector."""
+    """The same."""
     import torch
 
     x, weight, bias, gradient = (torch.from_numpy(array) for array in (layer.x, layer.weight, layer.bias, layer.gradient))
     output, into_input, into_weight, into_bias = map(gemm.zeros_like, (gradient, x, weight, bias))
 
     def forward() -> Any:
-        torch.addmv(bias, x, weight[0], out=output[:, 0])
+        for k, row in enumerate(weight):
+            torch.addmv(bias[k], x, row, out=output[:, k])
         return (output,)
 
     def gradients() -> Any:
-        torch.addmv(into_weight[0], x.t(), gradient[:, 0], out=into_weight[0])
+        for k, column in enumerate(gradient.t()):
+            torch.addmv(into_weight[k], x.t(), column, out=into_weight[k])
         into_bias.add_(gradient.sum(0))
-        return torch.mul(gradient, weight, out=into_input), into_weight, into_bias
+        by_output = torch.mm if len(weight) > 1 else torch.mul
+        return by_output(gradient, weight, out=into_input), into_weight, into_bias
 
     return forward if part == gemm.FORWARD else gradients
 
@@ -251,6 +276,7 @@ def _group(kernel: Kernel, dtype: str) -> Group:
             )
         ),
         *machine.bandwidth(machine.THREADS, size),
+        *([] if kernel.name in READING else machine.writing(machine.THREADS, size)),
     ]
     flops = ELEMENTS * kernel.flops[dtype == "float64"]
     title, arrays, judge = f"{kernel.name} {dtype}", partial(problem, dtype), partial(check, kernel.name)
@@ -260,9 +286,13 @@ def _group(kernel: Kernel, dtype: str) -> Group:
 def _layer(rows: int, inputs: int, outputs: int, part: str, dtype: str) -> Group:
     passes = 1 if part == gemm.FORWARD else 2  # the input is read; its gradient is written
     size = rows * (passes * inputs + outputs) * np.dtype(dtype).itemsize
-    contenders = [*gemm.contenders(part), *machine.bandwidth(machine.THREADS, size)]
-    if outputs == 1:
-        contenders += peers.pytorch("PyTorch", partial(pytorch_vectors, part=part), form="mv", around=peers.inference_mode)
+    contenders = [
+        *gemm.contenders(part),
+        Contender("NumPy", partial(numpy_vectors, part=part), variant="output by output"),
+        *peers.pytorch("PyTorch", partial(pytorch_vectors, part=part), form="mv", around=peers.inference_mode),
+        *machine.bandwidth(machine.THREADS, size),
+        *(machine.writing(machine.THREADS, size) if part == gemm.GRADIENTS else []),
+    ]
     title, work = f"Linear({inputs}, {outputs}), {rows:,} rows, {part} {dtype}", partial(gemm.problem, rows, inputs, outputs, dtype)
     flops = 2 * passes * rows * inputs * outputs
     return Group(title, "call", contenders, work, partial(gemm.check, part), "", flops, size, "GB", dtype)

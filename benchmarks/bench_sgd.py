@@ -19,6 +19,7 @@ from benchmarks.peers import Regression
 ROWS, FEATURES, BATCH_SIZE, LR = 1_000_000, 100, 256, 0.05
 STEPS = -(-ROWS // BATCH_SIZE)
 BYTES = 4 * ROWS * FEATURES
+BY_INDEX, BY_TAKING, AT_ONCE = FORMS = ("batch by batch", "batch by batch, taken", "all at once")  # of shuffled batches
 
 
 @functools.lru_cache(maxsize=1)
@@ -91,65 +92,80 @@ def numbered() -> Regression:
 
 
 def check_batches(problem: Regression, result: Any) -> None:
-    """Each row once, and those of the last batch where their numbers are."""
-    last, numbers = np.asarray(result[0]), [np.asarray(batch)[:, 0] for batch in result[1]]
-    assert np.array_equal(np.sort(np.concatenate(numbers)), problem.y[:, 0]), "a pass leaves rows out, or repeats some"
-    assert np.array_equal(last, problem.X[numbers[-1].astype(int)]), "the last batch has other rows than its targets"
+    """Each row once, out of order, and in the first and the last batch the rows that their numbers tell."""
+    first, last = np.asarray(result[0]), np.asarray(result[1])
+    numbers = [np.asarray(batch)[:, 0] for batch in result[2]]
+    drawn = np.concatenate(numbers)
+    assert np.array_equal(np.sort(drawn), problem.y[:, 0]), "a pass leaves rows out, or repeats some"
+    assert np.mean(drawn == problem.y[:, 0]) < 0.01, "rows come in order"
+    for rows, batch in ((first, numbers[0]), (last, numbers[-1])):
+        assert np.array_equal(rows, problem.X[batch.astype(int)]), "a batch has other rows than its targets"
 
 
 def gdlib_batches(problem: Regression) -> Run:
     return lambda: _passed(gdlib.DataLoader(problem.X, problem.y, batch_size=BATCH_SIZE, shuffle=True, seed=0))
 
 
-def numpy_batches(problem: Regression, at_once: bool) -> Run:
-    """The rows of a batch by their numbers, or all `at_once` and views of them."""
+def numpy_batches(problem: Regression, form: str) -> Run:
+    """The rows of a batch by their numbers, or all at once, and views of them."""
     X, y, rng = problem.X, problem.y, np.random.default_rng(0)
+    into, into_targets = np.empty_like(X), np.empty_like(y)
+
+    def all_rows(order: Any) -> Any:
+        rows, targets = (np.take(array, order, axis=0, out=out, mode="clip") for array, out in ((X, into), (y, into_targets)))
+        return ((rows[begin : begin + BATCH_SIZE], targets[begin : begin + BATCH_SIZE]) for begin in range(0, ROWS, BATCH_SIZE))
 
     def run() -> Any:
         order = rng.permutation(ROWS)
-        rows, targets = (X[order], y[order]) if at_once else (X, y)
-        parts = [slice(begin, begin + BATCH_SIZE) for begin in range(0, ROWS, BATCH_SIZE)]
-        return _passed((rows[part], targets[part]) if at_once else (rows[order[part]], targets[order[part]]) for part in parts)
+        parts = (order[begin : begin + BATCH_SIZE] for begin in range(0, ROWS, BATCH_SIZE))
+        if form == BY_INDEX:
+            return _passed((X[part], y[part]) for part in parts)
+        if form == BY_TAKING:
+            return _passed((X.take(part, axis=0, mode="clip"), y.take(part, axis=0, mode="clip")) for part in parts)
+        return _passed(all_rows(order))
 
     return run
 
 
-def pytorch_batches(problem: Regression, at_once: bool) -> Run:
+def pytorch_batches(problem: Regression, form: str) -> Run:
     """The same; a DataLoader, which takes rows one by one, is no match."""
     import torch
 
     X, y = torch.from_numpy(problem.X), torch.from_numpy(problem.y)
+    into, into_targets = (torch.from_numpy(np.zeros_like(array)) for array in (problem.X, problem.y))
 
     def run() -> Any:
         order = torch.randperm(ROWS)
-        if at_once:
-            return _passed(zip(X[order].split(BATCH_SIZE), y[order].split(BATCH_SIZE), strict=True))
-        return _passed((X[rows], y[rows]) for rows in order.split(BATCH_SIZE))
+        if form == BY_INDEX:
+            return _passed((X[part], y[part]) for part in order.split(BATCH_SIZE))
+        if form == BY_TAKING:
+            return _passed((X.index_select(0, part), y.index_select(0, part)) for part in order.split(BATCH_SIZE))
+        rows, targets = torch.index_select(X, 0, order, out=into), torch.index_select(y, 0, order, out=into_targets)
+        return _passed(zip(rows.split(BATCH_SIZE), targets.split(BATCH_SIZE), strict=True))
 
     return run
 
 
 def _passed(batches: Iterable[Any]) -> Any:
-    """The last batch's rows, and the targets of all."""
-    targets = []
-    for batch in batches:
+    """The rows of the first and the last batch, and the targets of all."""
+    passed = iter(batches)
+    batch = next(passed)
+    first, targets = batch[0], [batch[1]]
+    for batch in passed:
         targets.append(batch[1])
-    return batch[0], targets
+    return first, batch[0], targets
 
 
 def _batches() -> Group:
-    forms = {"batch by batch": False, "all at once": True}
     contenders = [
         Contender("gdlib DataLoader", gdlib_batches),
-        *(Contender("NumPy", partial(numpy_batches, at_once=at_once), variant=form) for form, at_once in forms.items()),
-        *(
-            contender
-            for form, at_once in forms.items()
-            for contender in peers.pytorch("PyTorch", partial(pytorch_batches, at_once=at_once), form=form)
-        ),
-        *machine.bandwidth(1, BYTES),
+        *(Contender("NumPy", partial(numpy_batches, form=form), variant=form) for form in FORMS),
+        *(contender for form in FORMS for contender in peers.pytorch("PyTorch", partial(pytorch_batches, form=form), form=form)),
+        *machine.bandwidth(machine.THREADS, BYTES),
     ]
-    note = "A pass draws an order and copies each row into its batch. The limit is one core's reading in order."
+    note = (
+        f"A pass draws an order and copies each row into its batch. The limit is reading in order with {machine.plural(machine.THREADS)}."
+    )
     title = f"Shuffled batches, {ROWS:,} x {FEATURES}, {BATCH_SIZE} rows each"
     return Group(title, "pass", contenders, numbered, check_batches, note, bytes=BYTES, rate="GB", rounds=5)
 

@@ -77,11 +77,15 @@ def _descent(rows: int, features: int) -> Work:
     epochs, moved = bench_gradient_descent.EPOCHS, 4 * rows * features
     long = moved >= LEAST_BANDWIDTH_BOUND
     options: Any = {"epochs": epochs, "lr": bench_gradient_descent.LR, "batch_size": rows}
-    bandwidths = [form for threads in machine.THREAD_COUNTS for form in machine.bandwidth(threads, moved)]
+    readings = [
+        form
+        for threads in machine.THREAD_COUNTS
+        for form in machine.reading(f"X itself read once, {machine.plural(threads)}", lambda problem: problem.X, threads)
+    ]
     contenders = [
         *gdlib_by_threads(bench_gradient_descent.gdlib_fit, epochs),
         *pytorch_by_threads(partial(peers.pytorch_by_hand, shuffle=False, **options), epochs),
-        *(bandwidths if long else peaks(4 * rows * features)),
+        *(readings if long else peaks(4 * rows * features)),
     ]
     problem = partial(bench_gradient_descent.problem, rows, features, "float32")
     rounds = ROUNDS_OF_LONG if long else ROUNDS

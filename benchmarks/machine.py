@@ -29,6 +29,9 @@ SOURCE = r"""
 #include <thread>
 #include <utility>
 #include <vector>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 #if defined(__AVX512F__)  // bytes of a vector; independent chains: enough to hide the latency of all units, few enough for the registers
 constexpr int kBytes = 64, kChains = 24;
 #elif defined(__AVX__)
@@ -37,6 +40,7 @@ constexpr int kBytes = 32, kChains = 12;
 constexpr int kBytes = 16, kChains = 24;
 #endif
 static volatile std::uint64_t sink;
+typedef std::uint64_t Words __attribute__((vector_size(kBytes), aligned(8), may_alias));
 
 // Threads that wait awake, and have been spread over the cores before the clock starts: what starting and moving them costs is no limit.
 class Team {
@@ -89,7 +93,6 @@ template <class T> static void multiply_add(long steps) {
 template <int kSequences> static void read_sequences(const char* data, std::size_t bytes) {
   const int threads = team->threads();
   team->run([=](int t) {
-    typedef std::uint64_t Words __attribute__((vector_size(kBytes), aligned(8), may_alias));
     constexpr int kTogether = 16 / kSequences;
     const std::size_t sequence = bytes / threads / kSequences / (kTogether * kBytes) * (kTogether * kBytes);
     const char* part = data + t * kSequences * sequence;
@@ -103,7 +106,34 @@ template <int kSequences> static void read_sequences(const char* data, std::size
   });
 }
 
+static inline void store_past_caches(std::uint64_t* to, Words value) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(value));
+#elif defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(value));
+#else
+  *reinterpret_cast<Words*>(to) = value;
+#endif
+}
+
+// Each thread's part of `count` words, from the first that begins a vector: body(words), one vector after the other.
+template <class Body> static void each_vector(std::uint64_t* data, std::size_t count, Body body) {
+  const int threads = team->threads();
+  constexpr std::size_t lanes = kBytes / 8;
+  std::uint64_t* const begin = data + (kBytes - reinterpret_cast<std::uintptr_t>(data) % kBytes) % kBytes / 8;
+  const std::size_t part = (count - lanes) / threads / lanes * lanes;
+  team->run([=](int t) {
+    for (std::uint64_t* at = begin + t * part; at < begin + (t + 1) * part; at += lanes) body(at);
+  });
+}
+
 extern "C" {
+void copy_past_caches(const std::uint64_t* from, std::uint64_t* to, std::size_t count) {
+  each_vector(to, count, [=](std::uint64_t* at) { store_past_caches(at, *reinterpret_cast<const Words*>(from + (at - to))); });
+}
+void change_in_place(std::uint64_t* data, std::size_t count) {
+  each_vector(data, count, [](std::uint64_t* at) { *reinterpret_cast<Words*>(at) ^= Words{} + 1; });
+}
 void begin_team(int threads) { team = new Team(threads); }
 void end_team() { delete team; }
 void read_once_1(const char* data, std::size_t bytes) { read_sequences<1>(data, bytes); }
@@ -182,6 +212,25 @@ def reading(name: str, array: Callable[[Any], np.ndarray[Any, Any]], threads: in
 def bandwidth(threads: int, wanted: float) -> list[Contender]:
     """The time of `wanted` bytes at the read bandwidth of memory."""
     return reading(f"read bandwidth, {plural(threads)}", lambda _: large_array(), threads, large_bytes() / wanted)
+
+
+def writing(threads: int, wanted: float) -> list[Contender]:
+    """The time of `wanted` bytes, half of which are written: copied past the caches, or changed in place. The faster form counts."""
+
+    def prepare(_: Any, in_place: bool) -> Run:
+        data = large_array()
+        half, begin = data.size // 2, data.ctypes.data
+        word, count = ctypes.c_void_p, ctypes.c_size_t
+        if in_place:
+            return lambda: library().change_in_place(word(begin), count(data.size))
+        return lambda: library().copy_past_caches(word(begin), word(begin + 8 * half), count(half))
+
+    def contender(in_place: bool) -> Contender:
+        form, work = ("changed in place", 2 * large_bytes() / wanted) if in_place else ("copied", large_bytes() / wanted)
+        name, around = f"read and write bandwidth, {plural(threads)}", functools.partial(team, threads)
+        return Contender(name, functools.partial(prepare, in_place=in_place), work, form, around, limit=True)
+
+    return [contender(in_place) for in_place in (False, True)]
 
 
 def fma_peak(dtype: str, threads: int, wanted: float) -> Contender:

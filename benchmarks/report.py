@@ -46,11 +46,11 @@ inference mode. Theirs are written over, gdlib's add up. The limit is a native c
 KERNELS_NOTE = f"""The kernels that no other part of this page has by themselves, on {kernels.ELEMENTS:,} elements (the average:
 of {kernels.MODELS} vectors that are as many together), and layers of few outputs. Results are written in place or into arrays that are
 there already; of PyTorch these are the operators that its modules and autograd call, which take a place for the result. The limit is the
-read bandwidth, a byte that is written counting as one that is read.
+bandwidth of memory, by reading alone or by reading as much as is written, a byte that is written counting as one that is read.
 """
 GEMM_NOTE = """The gradients are those of weight and bias, added to what is there, and of the input. NumPy multiplies with OpenBLAS,
 PyTorch with MKL, into arrays that are there already, as gdlib does; its predict makes a new one, and keeps packed weights between calls,
-which no aim counts. The limit is the FMA peak; for a batch of one row, reading as many bytes.
+which no aim counts. The limit is the FMA peak; for a batch of one row, the bandwidth.
 """
 NETWORKS_NOTE = f"""Linear layers with ReLU between, mean squared error, plain SGD, whole epochs over the same batches in order. Everyone
 starts from equal parameters; those after the first epoch agree with float64 to {networks.TOLERANCE:g} of the way that they have gone.
@@ -58,8 +58,8 @@ PyTorch runs the usual loop over batches that are there already, SGD plain or fu
 FMA peak of {machine.plural(machine.THREADS)}. The aims are those of the first {len(networks.AIMED)} networks.
 """
 THREADS_NOTE = f"""PyTorch, in its faster number of threads, is beside gdlib with {machine.plural(machine.THREADS)}: descents and the
-reference program by hand, networks by the usual loop, SGD plain or fused. The limit is the FMA peak, for the largest descent the read
-bandwidth: its gain is what the machine itself gains by its threads. Computing counts as the cost of products and networks from
+reference program by hand, networks by the usual loop, SGD plain or fused. The limit is the FMA peak, for the largest descent one
+reading of X: its gain is what the machine itself gains by its threads. Computing counts as the cost of products and networks from
 {threads.LEAST_COMPUTE_BOUND} inputs on; below, so is what cores tell each other.
 """
 SCALING_NOTE = """The exponent is the slope of the straight line through the logarithms of cost and size: 1 is proportional, -1 for threads.

@@ -109,12 +109,16 @@ def scaling_table(results: Results) -> str:
     rows = []
     for axis in scaling.AXES:
         figures = [f"{value:.3f}" for who in ("gdlib", "NumPy") for value in aims.scaling(results, axis, who)]
-        rows.append([f"{axis.name}: {axis.what}", f"{axis.sizes[0]:,} to {axis.sizes[-1]:,}", *figures])
+        timings, largest = results[axis.group.title], axis.sizes[-1]
+        own, peer = (timings[scaling.label(who, largest)] for who in ("gdlib", "NumPy"))
+        ends = [times(peer.over(own)), percent(share(timings, own.contender.name))]
+        rows.append([f"{axis.name}: {axis.what}", f"{axis.sizes[0]:,} to {largest:,}", *figures, *ends])
     for work in threads.WORKS if machine.THREADS > 1 else ():
         if work.compute_bound and not math.isnan(aims.gain(results, work)):
             slope = -math.log(aims.gain(results, work)) / math.log(machine.THREADS)
-            rows.append([f"threads: {work.name}", f"1 to {machine.THREADS}", f"{slope:.3f}", "", "", ""])
-    return table(["Cost against", "range", "exponent", "R^2", "NumPy's exponent", "NumPy's R^2"], rows)
+            rows.append([f"threads: {work.name}", f"1 to {machine.THREADS}", f"{slope:.3f}", "", "", "", "", ""])
+    header = ["Cost against", "range", "exponent", "R^2", "NumPy's exponent", "NumPy's R^2"]
+    return table([*header, "NumPy's time at the end", "share of the limit there"], rows)
 
 
 def blas() -> str:
