@@ -28,10 +28,11 @@ def test_shuffled_batches_hold_every_row_once(arrays):
     assert [len(batch[0]) for batch in batches] == [8] * 12 + [5]
 
 
-@pytest.mark.parametrize("width", [0, 1, 17, 100, 1024, 3000])  # floats: no line, parts of one, some and a page of them, and more
+# Bytes of a row: none, short ones that are copied in two pieces, from each end of the ranges on, parts of a line, lines, a page and more.
+@pytest.mark.parametrize("width", [0, 1, 3, 4, 7, 8, 9, 15, 16, 17, 32, 33, 40, 63, 64, 65, 100, 400, 4096, 12_000])
 @pytest.mark.parametrize(("rows", "batch_size", "drop_last"), [(1, 1, False), (200, 64, False), (200, 64, True), (200, 300, False)])
 def test_shuffled_rows_of_every_length(width, rows, batch_size, drop_last):
-    x = np.random.default_rng(0).standard_normal((rows, width), np.float32)
+    x = np.random.default_rng(0).integers(0, 256, (rows, width), np.uint8)
     batches = list(DataLoader(x, np.arange(rows), batch_size=batch_size, shuffle=True, seed=0, drop_last=drop_last))
     for found, order in batches:
         np.testing.assert_array_equal(found, x[order])
