@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import math
 import platform
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from benchmarks.measure import Group, Timing
 from benchmarks.results import Results, Timings, ours, share
 from gdlib.config import get_config
 
+WIDTH = 140  # of a line of text
 PEERS = ("numpy", "scikit-learn", "torch", "jax")
 
 
@@ -60,7 +62,7 @@ def group_table(group: Group, timings: Timings) -> str:
         ratio = timing.over(ours(timings))
         row = [timing.contender.label, duration(timing), rate(group, timing), "" if math.isnan(ratio) else digits(ratio)]
         rows.append([*row, percent(share(timings, name))])
-    return table([group.title, f"one {group.unit}", "rate", "time, gdlib's being 1", "share of the limit"], rows) + f"\n{group.note}\n"
+    return table([group.title, f"one {group.unit}", "rate", "time, gdlib's being 1", "share of the limit"], rows) + f"\n{textwrap.fill(group.note, WIDTH)}\n"
 
 
 def topic_table(title: str, groups: Sequence[Group], results: Results) -> str:
