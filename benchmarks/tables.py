@@ -62,7 +62,10 @@ def group_table(group: Group, timings: Timings) -> str:
         ratio = timing.over(ours(timings))
         row = [timing.contender.label, duration(timing), rate(group, timing), "" if math.isnan(ratio) else digits(ratio)]
         rows.append([*row, percent(share(timings, name))])
-    return table([group.title, f"one {group.unit}", "rate", "time, gdlib's being 1", "share of the limit"], rows) + f"\n{textwrap.fill(group.note, WIDTH)}\n"
+    return (
+        table([group.title, f"one {group.unit}", "rate", "time, gdlib's being 1", "share of the limit"], rows)
+        + f"\n{textwrap.fill(group.note, WIDTH)}\n"
+    )
 
 
 def topic_table(title: str, groups: Sequence[Group], results: Results) -> str:
