@@ -70,11 +70,13 @@ def gdlib_fit(problem: Regression) -> Run:
 def _group(rows: int, features: int, dtype: str) -> Group:
     size = rows * features * np.dtype(dtype).itemsize
     options: Any = {"epochs": EPOCHS, "lr": LR, "batch_size": rows}
+    jax = partial(peers.jax_scan, epochs_a_call=EPOCHS, **options)
     contenders = [
         Contender("gdlib fit", gdlib_fit, EPOCHS),
         Contender("NumPy, two passes", partial(peers.numpy_loop, shuffle=False, **options), EPOCHS),
         *peers.pytorch("PyTorch autograd", partial(peers.pytorch_loop, batches="in order", **options), EPOCHS),
         *peers.pytorch("PyTorch by hand", partial(peers.pytorch_by_hand, shuffle=False, **options), EPOCHS),
+        *([Contender("JAX jit(scan)", jax, EPOCHS)] if dtype == "float32" else []),  # its float64 is a setting of the whole process
         *machine.reading("X itself read once", lambda problem: problem.X, machine.THREADS),
         *machine.bandwidth(machine.THREADS, size),
     ]

@@ -68,7 +68,7 @@ def _group(shuffle: bool) -> Group:
         Contender("NumPy loop", partial(peers.numpy_loop, shuffle=shuffle, **options)),
         *peers.pytorch("PyTorch loop", partial(peers.pytorch_loop, batches="shuffled" if shuffle else "in order", **options)),
         *peers.pytorch("PyTorch by hand", partial(peers.pytorch_by_hand, shuffle=shuffle, **options)),
-        *([] if shuffle else [Contender("JAX jit(scan)", partial(peers.jax_scan, **options))]),
+        Contender("JAX jit(scan)", partial(peers.jax_scan, shuffle=shuffle, **options)),
         *machine.bandwidth(machine.THREADS if shuffle else 1, BYTES),
     ]
     note = (

@@ -156,17 +156,21 @@ def sklearn_sgd(problem: Regression, epochs: int, lr: float, batch_size: int, dt
     return run
 
 
-def jax_scan(problem: Regression, epochs: int, lr: float, batch_size: int, epochs_a_call: int = 1) -> Run:
-    """An epoch of full batches in order as one compiled scan: no shuffling, and the rows of an incomplete batch are left out.
-
-    Several epochs a call are a scan of scans.
+def jax_scan(problem: Regression, epochs: int, lr: float, batch_size: int, epochs_a_call: int = 1, shuffle: bool = False) -> Run:
+    """An epoch of full batches as one compiled scan, in order or of rows that are shuffled within it; those of an incomplete batch are left
+    out. Several epochs a call are a scan of scans.
     """
     import jax
     import jax.numpy as jnp
 
     batches = len(problem.X) // batch_size
-    X = jnp.asarray(problem.X[: batches * batch_size].reshape(batches, batch_size, -1))
-    y = jnp.asarray(problem.y[: batches * batch_size].reshape(batches, batch_size))
+    rows = batches * batch_size
+
+    def in_batches(array: Any) -> Any:
+        return array.reshape(batches, batch_size, *array.shape[1:])
+
+    arrays = problem.X, problem.y[:, 0]
+    data = tuple(jnp.asarray(array if shuffle else in_batches(array[:rows])) for array in arrays)  # a part of an array would be a copy
 
     def loss(parameters: Any, x: Any, target: Any) -> Any:
         return jnp.mean((x @ parameters[0] + parameters[1] - target) ** 2)
@@ -176,13 +180,21 @@ def jax_scan(problem: Regression, epochs: int, lr: float, batch_size: int, epoch
         return jax.tree.map(lambda p, g: p - lr * g, parameters, gradient), value
 
     @jax.jit
-    def call(parameters: Any, X: Any, y: Any) -> Any:
-        return jax.lax.scan(lambda before, _: jax.lax.scan(step, before, (X, y)), parameters, length=epochs_a_call)
+    def call(parameters: Any, data: Any, keys: Any) -> Any:
+        def epoch(before: Any, key: Any) -> Any:
+            if not shuffle:
+                return jax.lax.scan(step, before, data)
+            order = jax.random.permutation(key, len(problem.X))[:rows]
+            return jax.lax.scan(step, before, tuple(in_batches(array[order]) for array in data))
+
+        return jax.lax.scan(epoch, parameters, keys)
+
+    keys = list(jax.random.split(jax.random.key(0), epochs).reshape(epochs // epochs_a_call, epochs_a_call))
 
     def run() -> Any:
-        parameters: Any = (jnp.zeros(X.shape[2]), jnp.zeros(()))
-        for _ in range(epochs // epochs_a_call):
-            parameters, _losses = call(parameters, X, y)
+        parameters: Any = (jnp.zeros(problem.X.shape[1]), jnp.zeros(()))
+        for some in keys:
+            parameters, _losses = call(parameters, data, some)
         parameters = jax.block_until_ready(parameters)
         return np.asarray(parameters[0]), np.asarray(parameters[1])
 
