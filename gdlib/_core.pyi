@@ -34,6 +34,7 @@ __all__: list[str] = [
     "shuffle_order",
     "squared_error",
     "squared_error_gradient",
+    "squared_error_mean",
     "squared_error_sum",
     "squared_error_terms",
     "train",
@@ -200,17 +201,12 @@ def sgd_update(
     parameter: numpy.typing.NDArray[typing.Any],
     gradient: numpy.typing.NDArray[typing.Any],
     momentum_buffer: numpy.typing.NDArray[typing.Any] | None,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
+    group: dict[str, typing.Any],
     first_step: bool,
     /,
 ) -> None:
     """
-    PyTorch's SGD step on flat vectors, in place.
+    PyTorch's SGD step on flat vectors, in place, with the options of a group.
     """
 
 def shuffle_order(
@@ -235,12 +231,17 @@ def squared_error(
 def squared_error_gradient(
     output: numpy.typing.NDArray[typing.Any],
     target: numpy.typing.NDArray[typing.Any],
-    scale: float,
+    scale: float | None,
     out: numpy.typing.NDArray[typing.Any] | None = None,
     /,
 ) -> numpy.typing.NDArray[typing.Any]:
     """
-    scale * 2 (output - target), into `out` when one is given.
+    scale * 2 (output - target), into `out` when one is given; a scale of None is 1 / elements.
+    """
+
+def squared_error_mean(output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any], /) -> float:
+    """
+    The same, divided by the number of elements.
     """
 
 def squared_error_sum(output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any], /) -> float:

@@ -34,19 +34,17 @@ class MSELoss:
         self._last: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
 
     def __call__(self, output: Any, target: Any) -> float | npt.NDArray[Any]:
+        reduction = self.reduction
+        reduced = _core.squared_error_mean if reduction == "mean" else _core.squared_error_sum
         try:
-            total = _core.squared_error_sum(output, target)
+            loss = reduced(output, target)
         except (TypeError, ValueError):
             output, target = self._convert(output, target)
-            total = _core.squared_error_sum(output, target)
-        if not total < _INFINITY:
+            loss = reduced(output, target)
+        if not loss < _INFINITY:
             self._explain(output, target)
         self._last = (output, target)
-        reduction = self.reduction
-        if reduction == "mean":
-            count: int = output.size
-            return total / count
-        return total if reduction == "sum" else _core.squared_error_terms(output, target)
+        return _core.squared_error_terms(output, target) if reduction == "none" else loss
 
     def backward(self, gradient: Any = None, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """The gradient with respect to the output of the last call, of its shape. `out` receives it if given."""
@@ -57,7 +55,7 @@ class MSELoss:
             if gradient is not None:
                 raise ValueError(f"a {self.reduction} loss takes no gradient; call backward() without one.")
             try:
-                return _core.squared_error_gradient(output, target, 1.0 / output.size if self.reduction == "mean" else 1.0, out)
+                return _core.squared_error_gradient(output, target, None if self.reduction == "mean" else 1.0, out)
             except (TypeError, ValueError):
                 validation.flat_out(out, output.shape, output.dtype)
                 raise

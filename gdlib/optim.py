@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 UpdateRange = tuple[int, int, float, float, float, float, bool, bool, bool]
 
 
-_INFINITY = float("inf")
-
-
 class _Run:
     """Neighbouring parameters of one arena and one group: a single call updates them."""
 
@@ -134,27 +131,18 @@ class SGD:
     def step(self) -> None:
         """Update every parameter from its `.grad`, in place."""
         for group, run in self._flat:
-            momentum, lr = group["momentum"], group["lr"]
-            if not 0 < lr < _INFINITY or momentum < 0:
-                self._check(group)
-            if run.arena.vacated:
+            arena, momentum = run.arena, group["momentum"]
+            if arena.vacated:
                 self._refuse_vacated()
-            run.arena.version += 1
             if momentum and run.buffer is None:
                 run.buffer = aligned_zeros(run.end - run.begin, run.data.dtype)
-            _core.sgd_update(
-                run.data,
-                run.grad,
-                run.buffer if momentum else None,
-                lr,
-                momentum,
-                group["dampening"],
-                group["weight_decay"],
-                group["nesterov"],
-                group["maximize"],
-                not run.started,
-            )
-            run.arena.version += 1
+            try:
+                _core.sgd_update(run.data, run.grad, run.buffer if momentum else None, group, not run.started)
+            except (TypeError, ValueError, OverflowError):
+                self._check(group)
+                raise
+            finally:
+                arena.version += 1
             if momentum:
                 run.started = True
 

@@ -174,11 +174,17 @@ def test_momentum_outlives_steps_without_it():
 def test_options_are_checked_at_each_step():
     model = with_gradient(Linear(2, 1, seed=0))
     before = model.state_dict()
-    for option, value in [("lr", float("inf")), ("lr", float("nan")), ("momentum", -5.0)]:
+    nan, inf = float("nan"), float("inf")
+    wrong = [("lr", 0), ("lr", inf), ("lr", nan), ("lr", 10**400), ("momentum", -5.0), ("dampening", nan), ("weight_decay", -1)]
+    for option, value in wrong:
         optimizer = SGD(model.parameters(), lr=0.1)
         optimizer.param_groups[0][option] = value
         with pytest.raises(ValueError, match=f"{option} is"):
             optimizer.step()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["momentum"] = "much"
+    with pytest.raises(TypeError, match="momentum is 'much'; a number is wanted"):
+        optimizer.step()
     np.testing.assert_array_equal(model.weight.data, before["weight"])
 
 

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -39,6 +40,21 @@ struct Direct<double> {
     return number;
   }
   static PyObject* out(double value) { return PyFloat_FromDouble(value); }
+};
+
+template <>
+struct Direct<std::optional<double>> {
+  static constexpr const char* type = "float | None";
+  static std::optional<double> in(PyObject* value) { return value == Py_None ? std::nullopt : std::optional(Direct<double>::in(value)); }
+};
+
+template <>
+struct Direct<py::dict> {
+  static constexpr const char* type = "dict[str, typing.Any]";
+  static py::dict in(PyObject* value) {
+    if (!PyDict_Check(value)) throw py::type_error(std::string("a ") + Py_TYPE(value)->tp_name + " came; a dict is wanted.");
+    return py::reinterpret_borrow<py::dict>(value);
+  }
 };
 
 template <>

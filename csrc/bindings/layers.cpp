@@ -1,6 +1,8 @@
 // The readable loop's calls: one layer, one loss, one update at a time.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -184,17 +186,26 @@ Array activate_backward(const std::string& kind, const Array& y, const Array& g,
   });
 }
 
-double squared_error_sum(const Array& output, const Array& target) {
+// The sum of the terms and, as a double, how many they are.
+std::pair<double, double> sum_of_terms(const Array& output, const Array& target) {
   return with_dtype(output, "output", [&](auto zero) {
     using T = decltype(zero);
     const Flat<const T> o = read_flat<T>(output, "output"), t = read_flat<T>(target, "target");
     require_same_shape(target, output, "target");
     if (o.size == 0) throw py::value_error("output is empty.");
     const WithoutGil released(o.size);
-    return sum_of_stretches(o.size, [&](std::size_t at, std::size_t size) {
+    const double sum = sum_of_stretches(o.size, [&](std::size_t at, std::size_t size) {
       return table<T>().squared_error_sum(size, o.data + at, t.data + at);
     });
+    return std::pair(sum, static_cast<double>(o.size));
   });
+}
+
+double squared_error_sum(const Array& output, const Array& target) { return sum_of_terms(output, target).first; }
+
+double squared_error_mean(const Array& output, const Array& target) {
+  const auto [sum, terms] = sum_of_terms(output, target);
+  return sum / terms;
 }
 
 // The terms, or scale times the gradient.
@@ -219,13 +230,54 @@ Array of_residuals(const Array& output, const Array& target, const OptionalArray
   });
 }
 
-void sgd_update(const Array& parameter, const Array& gradient, const OptionalArray& momentum_buffer, double lr, double momentum,
-                double dampening, double weight_decay, bool nesterov, bool maximize, bool first_step) {
+// The options of one of optim.SGD's groups, which its user may change between steps.
+class Group {
+ public:
+  explicit Group(const py::dict& options) : options_(options) {}
+
+  // Not below 0 and finite.
+  double number(PyObject* key) const {
+    const double value = Direct<double>::in(of(key));
+    if (!(value >= 0.0 && std::isfinite(value))) throw py::value_error(name(key) + " is negative or not finite.");
+    return value;
+  }
+
+  bool flag(PyObject* key) const { return Direct<bool>::in(of(key)); }
+
+ private:
+  static std::string name(PyObject* key) { return Direct<std::string>::in(key); }
+
+  PyObject* of(PyObject* key) const {
+    PyObject* const value = PyDict_GetItemWithError(options_.ptr(), key);
+    if (value) return value;
+    if (PyErr_Occurred()) throw py::error_already_set();
+    throw py::key_error(name(key));
+  }
+
+  const py::dict& options_;
+};
+
+// Interned, so that a look into a group compares pointers.
+struct OptionNames {
+  PyObject* const lr = PyUnicode_InternFromString("lr");
+  PyObject* const momentum = PyUnicode_InternFromString("momentum");
+  PyObject* const dampening = PyUnicode_InternFromString("dampening");
+  PyObject* const weight_decay = PyUnicode_InternFromString("weight_decay");
+  PyObject* const nesterov = PyUnicode_InternFromString("nesterov");
+  PyObject* const maximize = PyUnicode_InternFromString("maximize");
+};
+
+void sgd_update(const Array& parameter, const Array& gradient, const OptionalArray& momentum_buffer, const py::dict& options,
+                bool first_step) {
+  static const OptionNames names;
   with_dtype(parameter, "parameter", [&](auto zero) {
     using T = decltype(zero);
     const Flat<T> p = write_flat<T>(parameter, "parameter");
     const Flat<const T> g = read_flat<T>(gradient, "gradient");
     require_size(g.size, p.size, "gradient");
+    const Group group(options);
+    const double lr = group.number(names.lr), momentum = group.number(names.momentum);
+    if (lr == 0.0) throw py::value_error("lr is 0.");
     T* buffer = nullptr;
     if (momentum != 0.0 && momentum_buffer.is_none()) throw py::value_error("momentum needs a buffer.");
     if (!momentum_buffer.is_none()) {
@@ -233,11 +285,15 @@ void sgd_update(const Array& parameter, const Array& gradient, const OptionalArr
       require_size(flat.size, p.size, "momentum_buffer");
       buffer = flat.data;
     }
-    const SgdOptions<T> options{static_cast<T>(lr),           static_cast<T>(momentum), static_cast<T>(dampening),
-                                static_cast<T>(weight_decay), nesterov,                 maximize};
+    const SgdOptions<T> update{static_cast<T>(lr),
+                               static_cast<T>(momentum),
+                               static_cast<T>(group.number(names.dampening)),
+                               static_cast<T>(group.number(names.weight_decay)),
+                               group.flag(names.nesterov),
+                               group.flag(names.maximize)};
     const WithoutGil released(p.size);
     in_stretches(p.size, [&](std::size_t at, std::size_t size) {
-      table<T>().sgd_update({1, size, options, T(1), first_step, g.data + at, size, p.data + at, buffer ? buffer + at : nullptr, size});
+      table<T>().sgd_update({1, size, update, T(1), first_step, g.data + at, size, p.data + at, buffer ? buffer + at : nullptr, size});
     });
   });
 }
@@ -286,10 +342,11 @@ Array squared_error_terms(const Array& output, const Array& target) {
   });
 }
 
-Array squared_error_gradient(const Array& output, const Array& target, double scale, const OptionalArray& out) {
-  return of_residuals(output, target, out, [scale](std::size_t n, const auto* o, const auto* t, auto* result, bool nontemporal) {
+Array squared_error_gradient(const Array& output, const Array& target, std::optional<double> scale, const OptionalArray& out) {
+  const double factor = scale ? *scale : 1.0 / static_cast<double>(as_array(output, "output").size());
+  return of_residuals(output, target, out, [factor](std::size_t n, const auto* o, const auto* t, auto* result, bool nontemporal) {
     using T = std::remove_reference_t<decltype(*result)>;
-    table<T>().squared_error_gradient(n, o, t, static_cast<T>(scale), result, nontemporal);
+    table<T>().squared_error_gradient(n, o, t, static_cast<T>(factor), result, nontemporal);
   });
 }
 
@@ -304,16 +361,16 @@ void define_layers(py::module_& m) {
       "`input_gradient` when one is given.",
       {"g", "x", "weight", "weight_gradient", "bias_gradient", "input_gradient"});
   DirectFunction<squared_error_sum>::define(m, "squared_error_sum", "sum of (output - target)^2, carried in double.", {"output", "target"});
+  DirectFunction<squared_error_mean>::define(m, "squared_error_mean", "The same, divided by the number of elements.", {"output", "target"});
   DirectFunction<squared_error_terms>::define(m, "squared_error_terms", "(output - target)^2, element by element.", {"output", "target"});
-  DirectFunction<squared_error_gradient>::define(m, "squared_error_gradient", "scale * 2 (output - target), into `out` when one is given.",
+  DirectFunction<squared_error_gradient>::define(m, "squared_error_gradient", "scale * 2 (output - target), into `out` when one is given; a scale of None is 1 / elements.",
                                                  {"output", "target", "scale", "out"});
   DirectFunction<activate>::define(m, "activation_forward", "relu, tanh or sigmoid of every element; out may be x.", {"kind", "x", "out"});
   DirectFunction<activate_backward>::define(m, "activation_backward",
                                             "g times the activation's derivative where its output is y; out may be g.",
                                             {"kind", "y", "g", "out"});
-  DirectFunction<sgd_update>::define(m, "sgd_update", "PyTorch's SGD step on flat vectors, in place.",
-                                     {"parameter", "gradient", "momentum_buffer", "lr", "momentum", "dampening", "weight_decay", "nesterov",
-                                      "maximize", "first_step"});
+  DirectFunction<sgd_update>::define(m, "sgd_update", "PyTorch's SGD step on flat vectors, in place, with the options of a group.",
+                                     {"parameter", "gradient", "momentum_buffer", "group", "first_step"});
   DirectFunction<all_finite>::define(m, "all_finite", "True when no element is NaN or infinite.", {"x"});
   DirectFunction<set_zero>::define(m, "set_zero", "x = 0, in place.", {"x"});
   DirectFunction<average>::define(m, "average", "mean[n] = the mean of the rows of sources[count, n], added in order; mean may be one.",

@@ -49,6 +49,8 @@ def train(a, **changes):
     return _core.train(**{name: a[name] for name in names}, **(arguments | changes))
 
 
+GROUP = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+
 # What each function reads, what it writes, and a call.
 CALLS = {
     "linear_forward": (["x", "weight", "bias"], ["out"], lambda a: _core.linear_forward(a["x"], a["weight"], a["bias"], a["out"])),
@@ -58,6 +60,7 @@ CALLS = {
         lambda a: _core.linear_backward(a["g"], a["x"], a["weight"], a["weight_gradient"], a["bias_gradient"], a["input_gradient"]),
     ),
     "squared_error_sum": (["vector", "gradient"], [], lambda a: _core.squared_error_sum(a["vector"], a["gradient"])),
+    "squared_error_mean": (["vector", "gradient"], [], lambda a: _core.squared_error_mean(a["vector"], a["gradient"])),
     "squared_error_terms": (["vector", "gradient"], [], lambda a: _core.squared_error_terms(a["vector"], a["gradient"])),
     "squared_error_gradient": (
         ["vector", "gradient"],
@@ -67,7 +70,7 @@ CALLS = {
     "sgd_update": (
         ["gradient"],
         ["vector", "buffer"],
-        lambda a: _core.sgd_update(a["vector"], a["gradient"], a["buffer"], 0.1, 0.9, 0.0, 0.0, False, False, True),
+        lambda a: _core.sgd_update(a["vector"], a["gradient"], a["buffer"], GROUP, True),
     ),
     "activation_forward": (["gradient"], ["vector"], lambda a: _core.activation_forward("tanh", a["gradient"], a["vector"])),
     "activation_backward": (
@@ -127,8 +130,19 @@ def test_wrong_kinds_of_arguments():
         _core.activation_forward(1, x)
     with pytest.raises(ValueError, match="kind 'softmax' is unknown"):
         _core.activation_forward("softmax", x)
+    with pytest.raises(TypeError, match="a list came; a dict is wanted"):
+        _core.sgd_update(x, x, None, [0.1, 0.9], True)
+    group = GROUP | {"momentum": 0.0}
     with pytest.raises(ValueError, match="ambiguous"):
-        _core.sgd_update(x, x, None, 0.1, 0.0, 0.0, 0.0, x, False, True)
+        _core.sgd_update(x, x, None, group | {"nesterov": x}, True)
+    for name in ("lr", "momentum", "dampening", "weight_decay"):
+        with pytest.raises(KeyError, match=name):
+            _core.sgd_update(x, x, x, {key: value for key, value in group.items() if key != name}, True)
+        for value in (-0.1, np.inf, np.nan):
+            with pytest.raises(ValueError, match=f"{name} is negative or not finite"):
+                _core.sgd_update(x, x, x, group | {name: value}, True)
+    with pytest.raises(ValueError, match="lr is 0"):
+        _core.sgd_update(x, x, None, group | {"lr": 0}, True)
     assert (x == 1).all()
 
 
@@ -323,6 +337,8 @@ def test_empty_arrays_as_numpy_makes_them(rows, in_features, out_features):
 def test_sum_of_nothing_is_refused():
     with pytest.raises(ValueError, match="empty"):
         _core.squared_error_sum(np.zeros(0), np.zeros(0))
+    with pytest.raises(ValueError, match="empty"):
+        _core.squared_error_mean(np.zeros(0), np.zeros(0))
 
 
 def test_select_isa_refuses_a_name():

@@ -71,6 +71,14 @@ def test_sum(isa, dtype):
         oracle.assert_within(got, oracle.squared_error_sum(output, target, n - 1), f"n {n}")
 
 
+def test_means_are_the_sum_and_the_gradient_over_the_elements(isa, dtype):
+    for n in (1, 3, 37, 40_000):
+        output, target = pair(n, dtype)
+        assert _core.squared_error_mean(output, target) == _core.squared_error_sum(output, target) / n
+        got = _core.squared_error_gradient(output, target, None)
+        assert got.tobytes() == _core.squared_error_gradient(output, target, 1 / n).tobytes()
+
+
 def test_sum_of_a_million(isa, dtype):
     """64 terms per lane and the 4 levels of 16 lanes' sum are added in dtype; the rest in double, whatever n is. Equal terms round alike,
     so that the error of a longer float32 sum would show."""

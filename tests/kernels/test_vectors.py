@@ -26,7 +26,8 @@ def test_sgd_update(isa, dtype, options):
         # A first step must not read the buffer.
         before = np.full(n, np.nan, dtype) if options["first_step"] else buffer[:n]
         got, got_buffer = Guarded(parameter[:n]), Guarded(before)
-        _core.sgd_update(got.array, poisoned(gradient[:n]), got_buffer.array if has_momentum else None, 0.1, *options.values())
+        group = {"lr": 0.1, **options}
+        _core.sgd_update(got.array, poisoned(gradient[:n]), got_buffer.array if has_momentum else None, group, options["first_step"])
         got.check()
         got_buffer.check()
         oracle.assert_within(got.array, oracle.Interval(wanted.low[:n], wanted.high[:n]), f"parameter, n {n}")
@@ -39,9 +40,9 @@ def test_sgd_update(isa, dtype, options):
 def test_sgd_update_of_a_long_vector(isa, dtype):
     rng = np.random.default_rng(22)
     parameter, gradient, buffer = (values(rng, 100_003, dtype) for _ in range(3))
-    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "nesterov": True, "maximize": False, "first_step": False}
-    wanted = oracle.sgd_update(parameter, gradient, buffer, **options)
-    _core.sgd_update(parameter, gradient, buffer, *options.values())
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "nesterov": True, "maximize": False}
+    wanted = oracle.sgd_update(parameter, gradient, buffer, **options, first_step=False)
+    _core.sgd_update(parameter, gradient, buffer, options, False)
     oracle.assert_within(parameter, wanted[0])
     oracle.assert_within(buffer, wanted[1])
 
