@@ -237,19 +237,20 @@ class Group {
 
   // Not below 0 and finite.
   double number(PyObject* key) const {
-    const double value = Direct<double>::in(of(key));
+    const double value = Direct<double>::in(of(key).ptr());
     if (!(value >= 0.0 && std::isfinite(value))) throw py::value_error(name(key) + " is negative or not finite.");
     return value;
   }
 
-  bool flag(PyObject* key) const { return Direct<bool>::in(of(key)); }
+  bool flag(PyObject* key) const { return Direct<bool>::in(of(key).ptr()); }
 
  private:
   static std::string name(PyObject* key) { return Direct<std::string>::in(key); }
 
-  PyObject* of(PyObject* key) const {
+  // With a reference: the conversion of a user's object may change the group.
+  py::object of(PyObject* key) const {
     PyObject* const value = PyDict_GetItemWithError(options_.ptr(), key);
-    if (value) return value;
+    if (value) return py::reinterpret_borrow<py::object>(value);
     if (PyErr_Occurred()) throw py::error_already_set();
     throw py::key_error(name(key));
   }
