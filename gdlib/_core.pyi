@@ -241,7 +241,7 @@ def squared_error_gradient(
 
 def squared_error_mean(output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any], /) -> float:
     """
-    The same, divided by the number of elements.
+    mean of (output - target)^2, carried in double.
     """
 
 def squared_error_sum(output: numpy.typing.NDArray[typing.Any], target: numpy.typing.NDArray[typing.Any], /) -> float:

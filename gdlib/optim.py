@@ -136,6 +136,7 @@ class SGD:
                 self._refuse_vacated()
             if momentum and run.buffer is None:
                 run.buffer = aligned_zeros(run.end - run.begin, run.data.dtype)
+            arena.version += 1
             try:
                 _core.sgd_update(run.data, run.grad, run.buffer if momentum else None, group, not run.started)
             except (TypeError, ValueError, OverflowError):

@@ -30,8 +30,8 @@ def aligned_zeros(size: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 class Arena:
     """One contiguous vector of parameters and one of their gradients: an update, an average or a save is one call over it.
 
-    `version` changes after `data` has, whatever interrupts that, and may change before it: who keeps something made from it knows when
-    that is out of date. `vacated` is set once the parameters have moved into another arena: who still holds this one holds nothing.
+    `version` changes before and after `data` does, so that who keeps something made from it knows when that is out of date. `vacated` is
+    set once the parameters have moved into another arena: who still holds this one holds nothing.
     """
 
     __slots__ = ("_owner", "_views", "data", "grad", "vacated", "version")

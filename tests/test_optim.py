@@ -179,13 +179,28 @@ def test_options_are_checked_at_each_step():
     for option, value in wrong:
         optimizer = SGD(model.parameters(), lr=0.1)
         optimizer.param_groups[0][option] = value
-        with pytest.raises(ValueError, match=f"{option} is"):
+        with pytest.raises(ValueError, match=f"{option} is .*; a finite number"):
             optimizer.step()
     optimizer = SGD(model.parameters(), lr=0.1)
     optimizer.param_groups[0]["momentum"] = "much"
     with pytest.raises(TypeError, match="momentum is 'much'; a number is wanted"):
         optimizer.step()
     np.testing.assert_array_equal(model.weight.data, before["weight"])
+
+
+def test_what_is_kept_of_the_parameters_is_out_of_date_before_a_step_changes_them_and_after():
+    model = with_gradient(Linear(2, 1, seed=0))
+    optimizer, versions = SGD(model.parameters(), lr=0.1), [model._arena.version]
+
+    class Lr:
+        def __float__(self):
+            versions.append(model._arena.version)
+            return 0.1
+
+    optimizer.param_groups[0]["lr"] = Lr()
+    optimizer.step()
+    versions.append(model._arena.version)
+    assert len(set(versions)) == len(versions) == 3
 
 
 def test_what_is_no_list_of_parameters_is_named():

@@ -271,14 +271,16 @@ struct OptionNames {
 void sgd_update(const Array& parameter, const Array& gradient, const OptionalArray& momentum_buffer, const py::dict& options,
                 bool first_step) {
   static const OptionNames names;
+  const Group group(options);  // before the arrays: a user's object that becomes a number may do anything to them
+  const double lr = group.number(names.lr), momentum = group.number(names.momentum), dampening = group.number(names.dampening);
+  const double weight_decay = group.number(names.weight_decay);
+  const bool nesterov = group.flag(names.nesterov), maximize = group.flag(names.maximize);
+  if (lr == 0.0) throw py::value_error("lr is 0.");
   with_dtype(parameter, "parameter", [&](auto zero) {
     using T = decltype(zero);
     const Flat<T> p = write_flat<T>(parameter, "parameter");
     const Flat<const T> g = read_flat<T>(gradient, "gradient");
     require_size(g.size, p.size, "gradient");
-    const Group group(options);
-    const double lr = group.number(names.lr), momentum = group.number(names.momentum);
-    if (lr == 0.0) throw py::value_error("lr is 0.");
     T* buffer = nullptr;
     if (momentum != 0.0 && momentum_buffer.is_none()) throw py::value_error("momentum needs a buffer.");
     if (!momentum_buffer.is_none()) {
@@ -286,12 +288,8 @@ void sgd_update(const Array& parameter, const Array& gradient, const OptionalArr
       require_size(flat.size, p.size, "momentum_buffer");
       buffer = flat.data;
     }
-    const SgdOptions<T> update{static_cast<T>(lr),
-                               static_cast<T>(momentum),
-                               static_cast<T>(group.number(names.dampening)),
-                               static_cast<T>(group.number(names.weight_decay)),
-                               group.flag(names.nesterov),
-                               group.flag(names.maximize)};
+    const SgdOptions<T> update{static_cast<T>(lr),           static_cast<T>(momentum), static_cast<T>(dampening),
+                               static_cast<T>(weight_decay), nesterov,                 maximize};
     const WithoutGil released(p.size);
     in_stretches(p.size, [&](std::size_t at, std::size_t size) {
       table<T>().sgd_update({1, size, update, T(1), first_step, g.data + at, size, p.data + at, buffer ? buffer + at : nullptr, size});
@@ -362,9 +360,12 @@ void define_layers(py::module_& m) {
       "`input_gradient` when one is given.",
       {"g", "x", "weight", "weight_gradient", "bias_gradient", "input_gradient"});
   DirectFunction<squared_error_sum>::define(m, "squared_error_sum", "sum of (output - target)^2, carried in double.", {"output", "target"});
-  DirectFunction<squared_error_mean>::define(m, "squared_error_mean", "The same, divided by the number of elements.", {"output", "target"});
+  DirectFunction<squared_error_mean>::define(m, "squared_error_mean", "mean of (output - target)^2, carried in double.",
+                                             {"output", "target"});
   DirectFunction<squared_error_terms>::define(m, "squared_error_terms", "(output - target)^2, element by element.", {"output", "target"});
-  DirectFunction<squared_error_gradient>::define(m, "squared_error_gradient", "scale * 2 (output - target), into `out` when one is given; a scale of None is 1 / elements.",
+  DirectFunction<squared_error_gradient>::define(m, "squared_error_gradient",
+                                                 "scale * 2 (output - target), into `out` when one is given; a scale of None is "
+                                                 "1 / elements.",
                                                  {"output", "target", "scale", "out"});
   DirectFunction<activate>::define(m, "activation_forward", "relu, tanh or sigmoid of every element; out may be x.", {"kind", "x", "out"});
   DirectFunction<activate_backward>::define(m, "activation_backward",

@@ -146,6 +146,25 @@ def test_wrong_kinds_of_arguments():
     assert (x == 1).all()
 
 
+def test_an_option_may_do_anything_when_it_becomes_a_number():
+    class Option:
+        def __init__(self, act):
+            self.act = act
+
+        def __float__(self):
+            self.act()
+            return 0.5
+
+    group, x = dict(GROUP), np.ones(3)
+    group["lr"] = Option(group.clear)
+    with pytest.raises(KeyError, match="momentum"):
+        _core.sgd_update(x, x, x, group, True)
+    assert (x == 1).all()
+    x = np.ones(1_000_000)
+    with pytest.raises(ValueError, match="gradient has 1000000 elements; 1 are wanted"):
+        _core.sgd_update(x, x.copy(), None, {**GROUP, "lr": Option(lambda: x.resize(1, refcheck=False))}, True)
+
+
 @pytest.mark.parametrize(("name", "argument"), CASES)
 def test_wrong_dtype(name, argument):
     right = arrays()[argument]
