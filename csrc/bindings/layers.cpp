@@ -186,27 +186,22 @@ Array activate_backward(const std::string& kind, const Array& y, const Array& g,
   });
 }
 
-// The sum of the terms and, as a double, how many they are.
-std::pair<double, double> sum_of_terms(const Array& output, const Array& target) {
+double elements(const Array& output) { return static_cast<double>(as_array(output, "output").size()); }
+
+double squared_error_sum(const Array& output, const Array& target) {
   return with_dtype(output, "output", [&](auto zero) {
     using T = decltype(zero);
     const Flat<const T> o = read_flat<T>(output, "output"), t = read_flat<T>(target, "target");
     require_same_shape(target, output, "target");
     if (o.size == 0) throw py::value_error("output is empty.");
     const WithoutGil released(o.size);
-    const double sum = sum_of_stretches(o.size, [&](std::size_t at, std::size_t size) {
+    return sum_of_stretches(o.size, [&](std::size_t at, std::size_t size) {
       return table<T>().squared_error_sum(size, o.data + at, t.data + at);
     });
-    return std::pair(sum, static_cast<double>(o.size));
   });
 }
 
-double squared_error_sum(const Array& output, const Array& target) { return sum_of_terms(output, target).first; }
-
-double squared_error_mean(const Array& output, const Array& target) {
-  const auto [sum, terms] = sum_of_terms(output, target);
-  return sum / terms;
-}
+double squared_error_mean(const Array& output, const Array& target) { return squared_error_sum(output, target) / elements(output); }
 
 // The terms, or scale times the gradient.
 template <class Kernel>
@@ -342,7 +337,7 @@ Array squared_error_terms(const Array& output, const Array& target) {
 }
 
 Array squared_error_gradient(const Array& output, const Array& target, std::optional<double> scale, const OptionalArray& out) {
-  const double factor = scale ? *scale : 1.0 / static_cast<double>(as_array(output, "output").size());
+  const double factor = scale ? *scale : 1.0 / elements(output);
   return of_residuals(output, target, out, [factor](std::size_t n, const auto* o, const auto* t, auto* result, bool nontemporal) {
     using T = std::remove_reference_t<decltype(*result)>;
     table<T>().squared_error_gradient(n, o, t, static_cast<T>(factor), result, nontemporal);
